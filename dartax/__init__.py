@@ -1,0 +1,29 @@
+"""dartax: learning rates as a learned Dirichlet distribution, for JAX."""
+
+from dartax import dirichlet, random
+from dartax._dart import dart, scale_by_dart
+from dartax._inspect import (
+    concentrations,
+    describe,
+    expected_learning_rates,
+    learning_rate_std,
+    learning_rates,
+    metrics,
+)
+from dartax._paper_dart import paper_dart
+from dartax._transform import ScaleByDartState
+
+__all__ = [
+    "ScaleByDartState",
+    "concentrations",
+    "dart",
+    "describe",
+    "dirichlet",
+    "expected_learning_rates",
+    "learning_rate_std",
+    "learning_rates",
+    "metrics",
+    "paper_dart",
+    "random",
+    "scale_by_dart",
+]

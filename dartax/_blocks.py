@@ -1,0 +1,122 @@
+"""Parameter blocks: which leaf of the parameter tree takes which learning rate."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+PyTree = Any
+Blocks = PyTree | Callable[[str], Hashable] | None
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as text: ``('Dense_0', 'kernel')`` is ``Dense_0/kernel``."""
+    # Flax nnx holds every array in a variable, whose path ends with an attribute of its own.
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def check_params(params: PyTree) -> None:
+    """Raises unless ``params`` has leaves and all are real floating arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    masked = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if not leaves and not masked:  # all leaves masked: a partition label nobody has
+        raise ValueError(
+            f"params must have at least one array, got the empty tree {params!r}; "
+            "pass the parameters of your model."
+        )
+    for path, leaf in leaves:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            fix = "optax.contrib.split_real_and_imaginary" if dtype.kind == "c" else "optax.masked"
+            raise TypeError(
+                f"params must have real floating dtypes, got {dtype} at '{path_name(path)}'; "
+                f"leave it to another transform with {fix}."
+            )
+
+
+def check_updates(updates: PyTree, template: PyTree) -> None:
+    """Raises unless the gradient has the tree structure and shapes of ``template``."""
+    if jax.tree.structure(updates) == jax.tree.structure(template):
+        pairs = zip(
+            jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(template), strict=True
+        )
+        for (path, update), leaf in pairs:
+            if jnp.shape(update) != leaf.shape:
+                raise ValueError(
+                    f"updates must have the shapes of the parameters given to init, got "
+                    f"{jnp.shape(update)} instead of {leaf.shape} at '{path_name(path)}'; "
+                    "call init again after changing the model."
+                )
+        return
+    got = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
+    missing, extra = sorted(want - got), sorted(got - want)
+    raise ValueError(
+        "updates must have the tree structure of the parameters given to init, got "
+        + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
+        + "; take the gradient with respect to the same tree that init was given."
+    )
+
+
+def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
+    """Numbers the blocks in the order in which their first leaf appears.
+
+    Args:
+      params: Parameter tree with n leaves.
+      blocks: ``None`` for one block per leaf, a pytree of labels (the structure of
+        ``params`` or a prefix of it), or a function from a leaf's path, such as
+        ``"Dense_0/kernel"``, to its label. Leaves with equal labels share a block.
+
+    Returns:
+      The block of every leaf, int32 ``[n]``, and the number of blocks K.
+
+    Raises:
+      ValueError: If a pytree of labels does not fit ``params``.
+    """
+    if blocks is None:
+        labels = range(len(jax.tree.leaves(params)))
+    elif callable(blocks):
+        labels = [blocks(path_name(p)) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    else:
+        try:
+            labels = jax.tree.leaves(
+                jax.tree.map(
+                    lambda label, subtree: jax.tree.map(lambda _: label, subtree), blocks, params
+                )
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"blocks must be a pytree of labels with the structure of params or a prefix of "
+                f"it, got {jax.tree.structure(blocks)}; jax.tree.map a label over params."
+            ) from error
+    number: dict[Hashable, int] = {}
+    try:
+        index = [number.setdefault(label, len(number)) for label in labels]
+    except TypeError as error:
+        raise TypeError(
+            f"blocks must give hashable labels, got {labels!r}; use strings or ints."
+        ) from error
+    return np.asarray(index, np.int32).reshape(-1), len(number)
+
+
+def block_dots(left: PyTree, right: PyTree, index: jax.Array, num_blocks: int) -> jax.Array:
+    """Inner product of two trees over every block, accumulated in float32; ``[K]``."""
+    dots = [
+        jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    ]
+    if not dots:
+        return jnp.zeros(num_blocks, jnp.float32)
+    return jnp.zeros(num_blocks, jnp.float32).at[index].add(jnp.stack(dots))
+
+
+def spread(values: jax.Array, index: jax.Array, tree: PyTree) -> PyTree:
+    """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
+    leaves, structure = jax.tree.flatten(tree)
+    per_leaf = values[index]
+    return structure.unflatten(per_leaf[i] for i in range(len(leaves)))

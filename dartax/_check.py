@@ -1,0 +1,70 @@
+"""Argument checks: one sentence that names the argument, the constraint, the value, the fix.
+
+Only Python numbers are compared with their range. Arrays and tracers pass, so that
+``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a Python or NumPy real number, whose value can be checked."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool], fix: str) -> None:
+    """Checks that ``value`` is a finite real number for which ``holds`` is true."""
+    if not is_number(value):
+        if isinstance(value, jax.Array) or hasattr(value, "dtype"):
+            return
+        raise TypeError(f"{name} must be {constraint}, got {value!r}; {fix}.")
+    if not (math.isfinite(value) and holds(value)):
+        raise ValueError(f"{name} must be {constraint}, got {value}; {fix}.")
+
+
+def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
+    """Checks ``low < high`` where both can be compared."""
+    if is_number(low) and is_number(high) and not low < high:
+        raise ValueError(
+            f"{low_name} must be below {high_name}, got {low_name}={low} and {high_name}={high}; "
+            f"lower {low_name} or raise {high_name}."
+        )
+
+
+def decay(name: str, value: Any) -> None:
+    """Checks the decay of a moving average."""
+    number(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1, "0.9 is usual")
+
+
+def schedule(name: str, value: Any) -> None:
+    """Checks a float or an optax schedule."""
+    if not callable(value):
+        number(
+            name,
+            value,
+            "a non-negative number or an optax schedule",
+            lambda v: v >= 0,
+            "pass 1.0 or optax.linear_schedule(1.0, 0.0, steps)",
+        )
+
+
+def weight_decay(value: Any) -> None:
+    """Checks the coefficient of a weight decay."""
+    number(
+        "weight_decay", value, "a non-negative number", lambda v: v >= 0, "pass 0.0 for no decay"
+    )
+
+
+def transformation(name: str, value: Any) -> None:
+    """Checks an optional ``optax.GradientTransformation``."""
+    if value is not None and not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, got {value!r}; "
+            f"pass e.g. optax.scale_by_adam(), or optax.identity() for plain gradients."
+        )

@@ -1,0 +1,278 @@
+"""The step that both optimizers share: learn from the last draw, draw again, scale.
+
+What differs between the published DART and the learning-rate-free one is how the
+concentrations move. That is a :class:`Rule`, one in ``_paper_dart.py`` and one in
+``_dart.py``; this file holds the state and the five steps around the rule.
+
+With u_t the direction of the inner transform and f_t the user's schedule,
+
+    gamma_j ~ Gamma(concentration_j, 1),      pi = softmax(log gamma)
+    rate_i  = min_rate + (max_rate - min_rate) * pi_i
+    update  = f_t * rate_i * u_{t,i}
+
+and the gradient of the next loss with respect to the rates just used is
+
+    h_i = -< g_{t+1,i}, z_{t,i} >,   z_t = horizon * z_{t-1} + f_t * u_t.
+
+horizon = 0 is the hypergradient of Baydin et al. (2018, `arXiv:1703.04782
+<https://arxiv.org/abs/1703.04782>`_).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dartax import _blocks, random
+from dartax._blocks import Blocks, PyTree
+
+VERSION = 1
+
+Number = jax.Array | float
+
+
+class Draw(NamedTuple):
+    """What learning from a draw needs of it.
+
+    Attributes:
+      share: pi, the point of the simplex, float32 ``[C]``.
+      log_derivative: d log gamma_j / d log concentration_j, float32 ``[C]``.
+    """
+
+    share: jax.Array
+    log_derivative: jax.Array
+
+
+class Moments(NamedTuple):
+    """Moving averages of the gradient with respect to the concentrations.
+
+    Attributes:
+      hyper_mu: First moment, float32 ``[C]``.
+      hyper_nu: Second moment, float32 ``[C]``.
+      hyper_trend: First moment over a longer window, float32 ``[C]``.
+    """
+
+    hyper_mu: jax.Array
+    hyper_nu: jax.Array
+    hyper_trend: jax.Array
+
+
+class Rule(NamedTuple):
+    """How the concentrations start and move.
+
+    Attributes:
+      init: From the number of blocks K to the concentrations ``[C]``, C >= K. The first K
+        belong to the blocks; a further one is budget that no block spends.
+      learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, number of
+        hypergradients seen with this one) to the new concentration and moments.
+    """
+
+    init: Callable[[int], jax.Array]
+    learn: Callable[
+        [jax.Array, Draw, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]
+    ]
+
+
+class ScaleByDartState(NamedTuple):
+    """State of :func:`dartax.scale_by_dart`; K blocks, C concentrations, n leaves.
+
+    The structure, shapes and dtypes never change, and no array is shared with the
+    parameters. Scalars are float32 unless noted.
+
+    Attributes:
+      version: Layout of this state, int32.
+      count: Number of updates, int32.
+      skipped: Number of updates that were skipped for a non-finite gradient, int32.
+      key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in.
+        Raw, because serializers do not know typed keys.
+      block_index: Block of every parameter leaf, int32 ``[n]``.
+      concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
+      moments: Moving averages of its gradient.
+      hypergradient: h, the gradient of the last loss with respect to the rates of the step
+        before it, ``[K]``.
+      last_draw: The last point of the simplex and its derivative.
+      last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
+        first update and for a skipped one.
+      last_multiplier: f_t, the value of the user's schedule at the last update.
+      min_rate: Lower end of the rates at the last update.
+      max_rate: Upper end of the rates at the last update.
+      last_direction: z, the directions that the next gradient is compared with; a tree
+        like the parameters.
+      inner_state: State of the inner transform.
+    """
+
+    version: jax.Array
+    count: jax.Array
+    skipped: jax.Array
+    key: jax.Array
+    block_index: jax.Array
+    concentration: jax.Array
+    moments: Moments
+    hypergradient: jax.Array
+    last_draw: Draw
+    last_rates: jax.Array
+    last_multiplier: jax.Array
+    min_rate: jax.Array
+    max_rate: jax.Array
+    last_direction: PyTree
+    inner_state: PyTree
+
+
+def f32(value: Any) -> jax.Array:
+    """``value`` as a strongly typed float32 array."""
+    return jnp.asarray(value, jnp.float32)
+
+
+def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.Array:
+    """One step of an exponential moving average."""
+    return decay * average + (1 - decay) * value
+
+
+def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
+    """Removes the pull of the zero that an average of ``num`` values started from.
+
+    Without values there is nothing to remove, and the average is 0.
+    """
+    return average / (1 - f32(decay) ** jnp.maximum(num, 1))
+
+
+def draw_shares(key: jax.Array, concentration: jax.Array) -> Draw:
+    """One draw from the Dirichlet, in log space, with its implicit derivative."""
+    log_gamma = random.loggamma(key, concentration)
+    return Draw(
+        share=jax.nn.softmax(log_gamma),
+        log_derivative=random.log_derivative(log_gamma, concentration),
+    )
+
+
+def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
+    """The gradient through the draw: dL/dconcentration from h = dL/dpi, ``[C]`` each.
+
+    dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
+    """
+    derivative = draw.log_derivative / concentration
+    return derivative * draw.share * (h - jnp.dot(draw.share, h))
+
+
+def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def accumulate(direction: jax.Array, last: jax.Array, multiplier: Number, horizon: Number):
+    """z_t = horizon * z_{t-1} + f_t * u_t, in float32, kept in the dtype of the buffer."""
+    z = horizon * last.astype(jnp.float32) + multiplier * direction.astype(jnp.float32)
+    return z.astype(last.dtype)
+
+
+def scale_by_dirichlet(
+    rule: Rule,
+    inner: optax.GradientTransformation,
+    *,
+    learning_rate: optax.ScalarOrSchedule,
+    min_rate: Number,
+    max_rate: Number,
+    horizon: Number,
+    blocks: Blocks,
+    key: jax.Array | int,
+    direction_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: PyTree) -> ScaleByDartState:
+        _blocks.check_params(params)
+        index, num_blocks = _blocks.block_index(params, blocks)
+        concentration = rule.init(num_blocks)
+        # One buffer for each field: a donated state must not hold an array twice.
+        zeros = lambda: jnp.zeros_like(concentration)  # noqa: E731
+        multiplier = learning_rate(0) if callable(learning_rate) else learning_rate
+        return ScaleByDartState(
+            version=jnp.asarray(VERSION, jnp.int32),
+            count=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+            key=jax.random.key_data(random.threefry_key(key)),
+            block_index=jnp.asarray(index),
+            concentration=concentration,
+            moments=Moments(hyper_mu=zeros(), hyper_nu=zeros(), hyper_trend=zeros()),
+            hypergradient=jnp.zeros(num_blocks, jnp.float32),
+            last_draw=Draw(share=zeros(), log_derivative=zeros()),
+            last_rates=jnp.zeros(num_blocks, jnp.float32),
+            last_multiplier=f32(multiplier),
+            min_rate=f32(min_rate),
+            max_rate=f32(max_rate),
+            last_direction=jax.tree.map(
+                lambda p: jnp.zeros_like(p, dtype=direction_dtype), params
+            ),
+            inner_state=inner.init(params),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        _blocks.check_updates(updates, state.last_direction)
+        gradient = extra_args.get("grad")
+        gradient = updates if gradient is None else gradient
+        _blocks.check_updates(gradient, state.last_direction)
+        index, num_blocks = state.block_index, state.last_rates.shape[0]
+
+        # 1. Finish the last gradient: how good were the rates of the last step?
+        h = -_blocks.block_dots(gradient, state.last_direction, index, num_blocks)
+        finite = jnp.all(jnp.isfinite(h))
+
+        # 2. Move the concentrations. The first update has no step behind it.
+        concentration, moments = rule.learn(
+            state.concentration, state.last_draw, h, state.moments, state.count - state.skipped
+        )
+
+        # 3. Draw the rates.
+        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
+        draw = draw_shares(jax.random.fold_in(key, state.count), concentration)
+        low, high = f32(min_rate), f32(max_rate)
+        rates = low + (high - low) * draw.share[:num_blocks]
+        multiplier = f32(
+            learning_rate(state.count) if callable(learning_rate) else learning_rate
+        )
+
+        # 4. Scale the directions.
+        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        scaled = jax.tree.map(
+            lambda u, rate: jnp.where(finite, rate * u, 0).astype(u.dtype),
+            direction,
+            _blocks.spread(multiplier * rates, index, direction),
+        )
+
+        # 5. Keep what the next gradient is compared with. After a non-finite gradient
+        # nothing is kept but the counters, as if the step had not been.
+        new_state = ScaleByDartState(
+            version=state.version,
+            count=state.count,
+            skipped=state.skipped,
+            key=state.key,
+            block_index=index,
+            concentration=concentration,
+            moments=moments,
+            hypergradient=h,
+            last_draw=draw,
+            last_rates=multiplier * rates,
+            last_multiplier=multiplier,
+            min_rate=low,
+            max_rate=high,
+            last_direction=jax.tree.map(
+                functools.partial(accumulate, multiplier=multiplier, horizon=horizon),
+                direction,
+                state.last_direction,
+            ),
+            inner_state=inner_state,
+        )
+        new_state = jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
+        return scaled, new_state._replace(
+            count=optax.safe_increment(state.count),
+            skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+            last_rates=jnp.where(finite, new_state.last_rates, 0.0),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,78 @@
+"""The Dirichlet distribution, as functions of its concentrations.
+
+With total alpha_0 = sum_j alpha_j, over the last axis:
+
+    density   p(x) = Gamma(alpha_0) / prod_j Gamma(alpha_j) * prod_j x_j^(alpha_j - 1)
+    mean      alpha_i / alpha_0
+    variance  alpha_i (alpha_0 - alpha_i) / (alpha_0^2 (alpha_0 + 1))
+
+``concentration`` has shape ``[..., C]``, C >= 1, and is positive.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import digamma, gammaln, xlogy
+
+from dartax import random
+
+
+def sample(
+    key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] = ()
+) -> jax.Array:
+    """Draws points of the simplex, differentiable with respect to the concentrations.
+
+    A Dirichlet draw is a vector of gamma draws over its sum, here
+    ``softmax(loggamma)``, so that small concentrations do not underflow.
+
+    Args:
+      key: An int or a JAX key of any kind.
+      concentration: ``[..., C]``.
+      shape: How many draws, put before the shape of ``concentration``.
+
+    Returns:
+      ``[*shape, ..., C]``, non-negative, summing to 1 over the last axis.
+    """
+    concentration = jnp.asarray(concentration)
+    concentration = jnp.broadcast_to(concentration, (*shape, *concentration.shape))
+    return jax.nn.softmax(random.loggamma(key, concentration), axis=-1)
+
+
+def log_prob(value: jax.Array, concentration: jax.Array) -> jax.Array:
+    """Log density at ``value`` ``[..., C]`` on the simplex; returns ``[...]``."""
+    total = jnp.sum(concentration, axis=-1)
+    normalizer = gammaln(total) - jnp.sum(gammaln(concentration), axis=-1)
+    return normalizer + jnp.sum(xlogy(concentration - 1.0, value), axis=-1)
+
+
+def mean(concentration: jax.Array) -> jax.Array:
+    """Mean of every component, ``[..., C]``."""
+    return concentration / jnp.sum(concentration, axis=-1, keepdims=True)
+
+
+def variance(concentration: jax.Array) -> jax.Array:
+    """Variance of every component, ``[..., C]``."""
+    total = jnp.sum(concentration, axis=-1, keepdims=True)
+    # As ratios: total**3 leaves float32 at a total of 1e13.
+    share = concentration / total
+    return share * ((total - concentration) / total) / (total + 1.0)
+
+
+def entropy(concentration: jax.Array) -> jax.Array:
+    """Differential entropy in nats, ``[...]``."""
+    total = jnp.sum(concentration, axis=-1)
+    log_beta = jnp.sum(gammaln(concentration), axis=-1) - gammaln(total)
+    expected_log = digamma(concentration) - digamma(total)[..., None]
+    return log_beta - jnp.sum((concentration - 1.0) * expected_log, axis=-1)
+
+
+def kl_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
+    """KL(Dirichlet(p) || Dirichlet(q)) in nats from concentrations ``[..., C]``; ``[...]``."""
+    total_p, total_q = jnp.sum(p, axis=-1), jnp.sum(q, axis=-1)
+    expected_log = digamma(p) - digamma(total_p)[..., None]
+    return (
+        gammaln(total_p)
+        - gammaln(total_q)
+        + jnp.sum(gammaln(q) - gammaln(p) + (p - q) * expected_log, axis=-1)
+    )

@@ -1,0 +1,1 @@
+"""Training and plotting from the command line; needs the extra ``train``."""

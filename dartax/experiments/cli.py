@@ -1,0 +1,61 @@
+"""The command ``dartax``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``dartax train`` or ``dartax plot``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="dartax", description="Learning rates as a learned Dirichlet distribution."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_parser = commands.add_parser(
+        "train",
+        help="train a network as a TOML file says",
+        description="Trains, or resumes, the run that CONFIG describes. Any key can be "
+        "overridden: dartax train CONFIG --epochs 12; dartax train CONFIG --help lists them.",
+        add_help=False,
+    )
+    train_parser.add_argument("config", metavar="CONFIG", help="TOML file, such as configs/digits.toml")
+    plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
+    plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/digits")
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+    try:
+        from dartax.experiments import config, data, plots, train
+    except ModuleNotFoundError as error:
+        print(
+            f"dartax: the command needs the package {error.name}; pip install 'dartax[train]'.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        if arguments.command == "plot":
+            for path in plots.draw(arguments.run):
+                print(path)
+            return 0
+        chosen = config.override(config.load(arguments.config), rest, "dartax train CONFIG")
+        summary = train.train_and_evaluate(chosen)
+    except (config.ConfigError, data.DataError) as error:
+        print(f"dartax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ndartax: stopped; the same command resumes the run.", file=sys.stderr)
+        return 130
+    workdir = Path(chosen.workdir)
+    if (workdir / "rates.txt").exists():
+        print((workdir / "rates.txt").read_text(), end="")
+    print(
+        f"test loss {summary['test_loss']:.4f}, test accuracy "
+        f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
+        f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

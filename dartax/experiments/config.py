@@ -1,0 +1,164 @@
+"""The configuration of a run: TOML in, one frozen dataclass out.
+
+``Config`` is the schema: field names are the TOML keys, and every number that decides a
+run, its seeds included, is a field.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+import tyro
+
+
+class ConfigError(ValueError):
+    """A configuration that no run can be made of; the message says how to mend it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network, a multilayer perceptron with ReLU."""
+
+    hidden: tuple[int, ...] = (128, 128)
+    """Width of every hidden layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer, its inner transform and its schedule."""
+
+    name: Literal["dart", "paper_dart", "adamw", "sgd"] = "dart"
+    """Which optimizer."""
+    inner: Literal["adam", "sgd", "momentum", "lion"] = "adam"
+    """Direction of the step under dart; the others have their own."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay of the multiplier to 0 over the run."""
+    learning_rate: float = 1.0
+    """First value of the schedule: a multiplier for dart and paper_dart, a rate for the others."""
+    key: int = 0
+    """Seed of the draws."""
+    options: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Further keyword arguments of the optimizer, such as init_rate or weight_decay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. Nested keys take a dot on the command line: --optimizer.schedule cosine."""
+
+    dataset: Literal["digits", "mnist"] = "digits"
+    """What to learn."""
+    epochs: int = 40
+    """Passes over the training data; the schedule spans them all."""
+    batch_size: int = 64
+    """Examples per step; a last, smaller batch of an epoch is dropped."""
+    seed: int = 0
+    """Seed of the initial parameters and of the order of the data."""
+    workdir: str = "runs/digits"
+    """Run folder; a run that it already holds is resumed."""
+    log_steps: int = 20
+    """Steps per row of metrics.csv; an epoch's last row may cover fewer."""
+    checkpoint_seconds: float = 5.0
+    """Least time between checkpoints, which are taken at the end of epochs."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """The network."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    """The optimizer."""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "log_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} must be an int of at least 1, got {getattr(self, name)}; raise it."
+                )
+        for name, value in (("seed", self.seed), ("optimizer.key", self.optimizer.key)):
+            if not 0 <= value < 2**32:
+                raise ConfigError(f"{name} must be an int in [0, 2**32), got {value}; pass 0.")
+        if not self.checkpoint_seconds >= 0:
+            raise ConfigError(
+                "checkpoint_seconds must be a non-negative number, got "
+                f"{self.checkpoint_seconds}; pass 5.0."
+            )
+        if any(width < 1 for width in self.model.hidden):
+            raise ConfigError(
+                f"model.hidden must hold widths of at least 1, got {list(self.model.hidden)}; "
+                "pass [] for a linear model."
+            )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message about the unknown ``name``: the nearest known one, or all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}."
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    """``value`` from TOML as the annotated type ``kind``."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _from_table(value, kind, name)
+    if origin is Literal:
+        if value not in arguments:
+            known = [str(choice) for choice in arguments]
+            raise ConfigError(
+                f"{name} must be one of {', '.join(known)}, got {value!r}; "
+                f"{nearest(str(value), known)}"
+            )
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(item, arguments[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
+    raise ConfigError(f"{name} must be of type {expected}, got {value!r}; mend the TOML value.")
+
+
+def _from_table(table: Any, schema: type, prefix: str = "") -> Any:
+    """The dataclass ``schema`` from a TOML table; unknown keys name the nearest known one."""
+    if not isinstance(table, dict):
+        raise ConfigError(f"{prefix} must be a table, got {table!r}; write [{prefix}] above it.")
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for key, value in table.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if key not in hints:
+            raise ConfigError(f"{name} is not a key of the configuration; {nearest(key, [*hints])}")
+        values[key] = _convert(value, hints[key], name)
+    return schema(**values)
+
+
+def load(path: str | Path) -> Config:
+    """Reads a TOML file.
+
+    Raises:
+      ConfigError: If the file is missing, is not TOML, or holds an unknown key or a value
+        out of range.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"CONFIG must be a readable TOML file, got {str(path)!r} ({error.strerror}); "
+            "pass e.g. configs/digits.toml."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"CONFIG must be valid TOML, got {str(path)!r}: {error}.") from error
+    return _from_table(table, Config)
+
+
+def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
+    """``config`` with ``--key value`` pairs applied; exits with a message on an unknown key."""
+    return tyro.cli(Config, prog=prog, default=config, args=list(arguments))
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes ``config`` as TOML that :func:`load` reads back."""
+    path.write_text(tomli_w.dumps(dataclasses.asdict(config)))

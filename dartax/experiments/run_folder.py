@@ -1,0 +1,97 @@
+"""What a run leaves behind: metrics, summary, checkpoints, each whole or absent."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+PyTree = Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes ``text`` so that a reader, or a kill, never sees half of it."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes ``content`` as JSON."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of ``metrics.csv``; an empty cell is ``None``, a row cut short ends the file."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        # A kill can leave a last line without its end: only whole lines count.
+        lines = [line for line in file if line.endswith("\n")]
+    reader = csv.DictReader(lines)
+    for row in reader:
+        rows.append({name: float(cell) if cell else None for name, cell in row.items()})
+    return rows
+
+
+class MetricsFile:
+    """``metrics.csv``: a header, then a row per logging interval, flushed as it is written."""
+
+    def __init__(self, path: Path, columns: list[str], last_step: int):
+        """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run."""
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [
+            line
+            for line in lines[1:]
+            if line.endswith("\n") and int(line.split(",", 1)[0]) <= last_step
+        ]
+        write_whole(path, ",".join(columns) + "\n" + "".join(kept))
+        self._file = path.open("a", newline="")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row; columns that it does not name stay empty."""
+        self._writer.writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class Checkpoints:
+    """Orbax checkpoints, named by step; a half-written one is never picked up."""
+
+    def __init__(self, path: Path):
+        """Opens the folder ``path``, making it where it is missing."""
+        self._manager = ocp.CheckpointManager(
+            path.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        )
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Saves ``tree`` as of ``step``, writing in the background."""
+        self._manager.save(step, args=ocp.args.StandardSave(tree))
+
+    def restore_latest(self, template: PyTree) -> tuple[int, PyTree]:
+        """The newest readable checkpoint and its step; (0, ``template``) where there is none."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            except Exception as error:  # any damage: Orbax raises whatever its reader met
+                print(
+                    f"dartax: checkpoint {step} cannot be read ({type(error).__name__}); "
+                    "going back to the one before it.",
+                    file=sys.stderr,
+                )
+                self._manager.delete(step)
+        return 0, template
+
+    def close(self) -> None:
+        """Waits for the last write."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,243 @@
+"""Trains a network as a configuration says, and leaves a run folder behind."""
+
+import functools
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+import dartax
+from dartax.experiments import config as config_lib
+from dartax.experiments import data, optimizers, plots
+from dartax.experiments.config import Config, ConfigError
+from dartax.experiments.models import MLP
+from dartax.experiments.run_folder import Checkpoints, MetricsFile, read_metrics, write_json
+
+PyTree = Any
+
+# Columns of metrics.csv ahead of those of the blocks.
+COLUMNS = ["step", "epoch", "wall_s", "train_loss", "test_loss", "test_accuracy", "rate"]
+# Columns of every block, such as expected_rate/Dense_0/kernel, and the accessor behind each.
+BLOCK_COLUMNS: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
+    "rate": dartax.learning_rates,
+    "expected_rate": dartax.expected_learning_rates,
+    "rate_std": dartax.learning_rate_std,
+    "concentration": dartax.concentrations,
+}
+
+
+class TrainState(NamedTuple):
+    """What a step changes, and a checkpoint keeps."""
+
+    params: PyTree
+    opt_state: PyTree
+
+
+class Functions(NamedTuple):
+    """The compiled functions of a run."""
+
+    shuffle: Callable[[int], jax.Array]
+    interval: Callable[..., tuple[TrainState, jax.Array]]
+    evaluate: Callable[[PyTree], tuple[jax.Array, jax.Array]]
+    rates: Callable[[TrainState], dict[str, jax.Array]]
+
+
+def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean cross-entropy of a batch."""
+    logits = model.apply({"params": params}, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def compile_functions(
+    config: Config, model: MLP, optimizer: optax.GradientTransformation, dataset: data.Dataset
+) -> Functions:
+    """Puts the data on the device and closes the functions of the run over it."""
+    train_x, train_y = jnp.asarray(dataset.train_x), jnp.asarray(dataset.train_y)
+    test_x, test_y = jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y)
+    steps_per_epoch = len(train_x) // config.batch_size
+    shuffle_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+
+    @jax.jit
+    def shuffle(epoch):
+        """Indices of the batches of an epoch, ``[steps_per_epoch, batch_size]``."""
+        order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), len(train_x))
+        return order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1)
+
+    # The data are arguments: as constants they would be copied into the program.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def interval(state, x, y, batches, first, last):
+        """Steps ``first`` to ``last`` of an epoch; returns the mean loss. One compilation."""
+
+        def step(i, carry):
+            (params, opt_state), total = carry
+            batch = batches[i]
+            loss, grads = jax.value_and_grad(functools.partial(loss_fn, model))(
+                params, x[batch], y[batch]
+            )
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return TrainState(optax.apply_updates(params, updates), opt_state), total + loss
+
+        state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros([])))
+        return state, total / (last - first)
+
+    @jax.jit
+    def evaluate(params, x, y):
+        logits = model.apply({"params": params}, x)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return loss, jnp.mean(jnp.argmax(logits, -1) == y)
+
+    @jax.jit
+    def rates(state):
+        row = {}
+        for column, accessor in BLOCK_COLUMNS.items():
+            leaves = jax.tree_util.tree_leaves_with_path(accessor(state.opt_state, state.params))
+            for path, value in leaves:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                row[f"{column}/{name}"] = value
+        row["rate"] = dartax.metrics(state.opt_state)["dart/rate_mean"]
+        return row
+
+    has_rates = config.optimizer.name in ("dart", "paper_dart")
+    return Functions(
+        shuffle=shuffle,
+        interval=lambda state, *where: interval(state, train_x, train_y, *where),
+        evaluate=lambda params: evaluate(params, test_x, test_y),
+        rates=rates if has_rates else lambda _: {},
+    )
+
+
+def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, Any]:
+    """Trains to the end, from the last checkpoint in ``config.workdir`` if there is one.
+
+    Args:
+      config: The run. ``workdir`` is made where it is missing.
+      progress: Whether to draw a progress bar.
+
+    Returns:
+      The summary, as written to ``summary.json``.
+
+    Raises:
+      ConfigError: If the configuration makes no run, or ``workdir`` holds another one.
+      DataError: If the data are missing or damaged.
+    """
+    workdir = Path(config.workdir)
+    dataset = data.load(config.dataset)
+    steps_per_epoch = len(dataset.train_x) // config.batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"batch_size must be at most the {len(dataset.train_x)} training examples, got "
+            f"{config.batch_size}; lower it."
+        )
+    optimizer = optimizers.build(config.optimizer, config.epochs * steps_per_epoch)
+    claim_workdir(config, workdir)
+    if (workdir / "summary.json").exists():
+        return json.loads((workdir / "summary.json").read_text())
+
+    model = MLP(config.model.hidden, dataset.num_classes)
+    functions = compile_functions(config, model, optimizer, dataset)
+    init_key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    params = model.init(init_key, jnp.asarray(dataset.train_x[:1]))["params"]
+    state = TrainState(params, optimizer.init(params))
+
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step, state = checkpoints.restore_latest(state)
+    columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
+    metrics = MetricsFile(workdir / "metrics.csv", columns, last_step=step)
+    rows = read_metrics(workdir / "metrics.csv")
+    start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
+    last_save = time.monotonic()
+
+    bar = tqdm(
+        total=config.epochs * steps_per_epoch, initial=step, unit="step", disable=not progress
+    )
+    with bar:
+        for epoch in range(step // steps_per_epoch, config.epochs):
+            batches = functions.shuffle(epoch)
+            for first in range(0, steps_per_epoch, config.log_steps):
+                last = min(first + config.log_steps, steps_per_epoch)
+                state, loss = functions.interval(state, batches, first, last)
+                step = epoch * steps_per_epoch + last
+                values = {"train_loss": loss, **functions.rates(state)}
+                if last == steps_per_epoch:
+                    values["test_loss"], values["test_accuracy"] = functions.evaluate(state.params)
+                row = {name: value.item() for name, value in jax.device_get(values).items()}
+                wall = round(time.monotonic() - start, 3)
+                metrics.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
+                bar.update(last - first)
+                bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
+            done = epoch + 1 == config.epochs
+            if done or time.monotonic() - last_save >= config.checkpoint_seconds:
+                checkpoints.save(step, state)
+                last_save = time.monotonic()
+    checkpoints.close()
+    metrics.close()
+
+    plots.draw(workdir)
+    if config.optimizer.name in ("dart", "paper_dart"):
+        (workdir / "rates.txt").write_text(dartax.describe(state.opt_state, state.params) + "\n")
+    summary = {
+        "test_loss": row["test_loss"],
+        "test_accuracy": row["test_accuracy"],
+        "train_loss": row["train_loss"],
+        "steps": step,
+        "epochs": config.epochs,
+        "wall_s": wall,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "device": jax.devices()[0].device_kind,
+    }
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Writes ``config.toml``, or checks that the run folder belongs to the same configuration."""
+    path = workdir / "config.toml"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            config_lib.save(config, path)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
+            "pass another --workdir."
+        ) from error
+    if (held := config_lib.load(path)) != config:
+        changed = [
+            f"{name} {getattr(held, name)!r} there, {getattr(config, name)!r} here"
+            for name in Config.__dataclass_fields__
+            if getattr(held, name) != getattr(config, name) and name != "workdir"
+        ]
+        if changed:
+            raise ConfigError(
+                f"workdir must be free or hold this same run, got {str(workdir)!r} with another "
+                f"({'; '.join(changed)}); pass another --workdir or delete that folder."
+            )
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree that dartax was imported from, if it is one."""
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    packages = ("dartax", "jax", "jaxlib", "optax", "flax", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,163 @@
+"""Gamma draws in log space, with the gradient of the implicit reparameterization.
+
+A draw x ~ Gamma(a, 1) has no noise variable to differentiate around, but its
+distribution function F has: holding the quantile F(x; a) fixed while a moves gives
+
+    dx/da = -(dF/da) / f(x; a)                  (Figurnov et al., 2018, eq. 4)
+
+Everything here is in log space, where small a cannot underflow, and in the
+scale-free form
+
+    d log x / d log a = V(a, log x),
+
+which is 1 for large a and grows like -a log x for small x.
+
+References:
+  Figurnov, Mohamed, Mnih, `Implicit Reparameterization Gradients
+  <https://arxiv.org/abs/1805.08498>`_, 2018.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import digamma
+
+# Below this log x the power series of F needs three terms for 1e-6 relative.
+_LOG_SMALL = -4.6
+# From here on the expansion in 1/a is right to 1e-4 relative, and JAX's own
+# derivative starts to slow down (it is also wrong from about 1e6 on).
+_LARGE = 16.0
+
+
+def threefry_key(key: jax.Array | int) -> jax.Array:
+    """A typed threefry key from an int seed or a JAX key of any kind.
+
+    ``jax.random.gamma`` runs one element after the other for keys of another
+    kind (``rbg``, ``unsafe_rbg``), so draws do not depend on the user's default.
+
+    Args:
+      key: An int in [0, 2**32), a typed key of any implementation, raw ``uint32``
+        key data of shape ``[2]`` or ``[4]``, or a scalar array (a seed, as
+        ``optax.inject_hyperparams`` hands it over).
+
+    Returns:
+      A scalar typed key.
+
+    Raises:
+      TypeError: If ``key`` is none of these.
+      ValueError: If an int seed is out of range or an array has another shape.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        if not 0 <= key < 2**32:
+            raise ValueError(f"key must be an int in [0, 2**32), got {key}; pass key=0.")
+        return jax.random.key(key, impl="threefry2x32")
+    if isinstance(key, bool) or not hasattr(key, "dtype"):
+        raise TypeError(
+            f"key must be an int or a JAX key, got {key!r}; pass key=0 or jax.random.key(0)."
+        )
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    elif key.ndim == 0:
+        return jax.random.key(jnp.asarray(key).astype(jnp.uint32), impl="threefry2x32")
+    if key.shape not in ((2,), (4,)) or key.dtype != jnp.uint32:
+        raise ValueError(
+            f"key must be one key (uint32 data of shape [2] or [4]), got {key.dtype} of shape "
+            f"{list(key.shape)}; split a batch of keys with jax.vmap."
+        )
+    threefry = jax.random.wrap_key_data(key[:2], impl="threefry2x32")
+    for word in key[2:]:
+        threefry = jax.random.fold_in(threefry, word)
+    return threefry
+
+
+def log_derivative(log_x: jax.Array, a: jax.Array) -> jax.Array:
+    """V = d log x / d log a of a Gamma(a, 1) draw at a fixed quantile.
+
+    Three regions, each cheap and right to 1e-3 relative in float32 for a from
+    1e-4 to 1e10:
+
+    * small x: with F = x^a e^-x / Gamma(a + 1) * sum_k c_k x^k, c_k = 1 / ((a+1)...(a+k)),
+      V = sum_k c_k x^k (digamma(a + 1) - log x + sum_{j<=k} 1 / (a + j));
+    * large a: with t = log(x / a), the continuity equation
+      V = (t + log a - digamma(a) + dV/dt / a) / (e^t - 1), solved in powers of 1/a:
+      V = t / (e^t - 1) + V_1(t) / a + O(a^-2),
+      V_1 = (sinh t - t) e^(-t/2) / (8 sinh^3(t/2)) = e^(-t/2 - 3 t^2 / 40 + O(t^4)) / 6;
+    * between them ``jax.lax.random_gamma_grad``.
+
+    Args:
+      log_x: Log of the draw, any shape.
+      a: Concentration, positive, of a shape that broadcasts with ``log_x``.
+
+    Returns:
+      V, positive, of the broadcast shape.
+    """
+    log_x, a = jnp.broadcast_arrays(log_x, a)
+    small, large = log_x < _LOG_SMALL, a >= _LARGE
+    between = ~(small | large)
+
+    # Each branch sees harmless arguments outside its own region: the value is not
+    # used there, but a slow or non-finite one would still be paid for.
+    l_s, a_s = jnp.where(small, log_x, -10.0), jnp.where(large, 1.0, a)
+    x, c1, base = jnp.exp(l_s), 1 / (a_s + 1), digamma(a_s + 1) - l_s
+    c2 = c1 / (a_s + 2)
+    harmonic2 = c1 + 1 / (a_s + 2)
+    series = base + c1 * x * (base + c1) + c2 * x**2 * (base + harmonic2)
+
+    a_l = jnp.where(large, a, _LARGE)
+    t = jnp.where(large, log_x - jnp.log(a_l), 1.0)
+    bernoulli = jnp.where(t == 0, 1.0, t / jnp.where(t == 0, 1.0, jnp.expm1(t)))
+    expansion = bernoulli + jnp.exp(-t / 2 - 0.075 * t**2) / (6 * a_l)
+
+    a_b, x_b = jnp.where(between, a, 1.0), jnp.exp(jnp.where(between, log_x, 0.0))
+    library = jax.lax.random_gamma_grad(a_b, x_b) * a_b / x_b
+
+    return jnp.where(large, expansion, jnp.where(small, series, library))
+
+
+@jax.custom_jvp
+def _attach(log_x: jax.Array, a: jax.Array) -> jax.Array:
+    """``log_x`` itself, with the implicit derivative with respect to ``a``."""
+    del a
+    return log_x
+
+
+@_attach.defjvp
+def _attach_jvp(primals, tangents):
+    (log_x, a), (_, a_dot) = primals, tangents
+    return log_x, log_derivative(log_x, a) / a * a_dot
+
+
+def loggamma(key: jax.Array | int, a: jax.Array, *, method: str = "jax") -> jax.Array:
+    """Draws log x with x ~ Gamma(a, 1), differentiable with respect to ``a``.
+
+    The value comes from ``jax.random.loggamma`` with a threefry key; the gradient is
+    the implicit reparameterization (:func:`log_derivative`), right to 1e-3 relative
+    and of the same cost for every a from 1e-4 to 1e10 in float32.
+
+    Args:
+      key: An int or a JAX key of any kind.
+      a: Concentrations, positive, of any shape and a floating dtype.
+      method: ``"jax"``, the sampler of ``jax.random``.
+
+    Returns:
+      Log of the draws, shape and dtype of ``a``.
+
+    Raises:
+      ValueError: If ``method`` is unknown.
+      TypeError: If ``a`` is not of a floating dtype.
+
+    Examples:
+      The draw moves to larger values with ``a``, at any scale:
+
+      >>> import jax
+      >>> import dartax
+      >>> grad = jax.grad(lambda a: dartax.random.loggamma(0, a))
+      >>> bool(grad(0.01) > grad(100.0) > 0)
+      True
+    """
+    if method != "jax":
+        raise ValueError(f"method must be 'jax', got {method!r}; leave it out.")
+    a = jnp.asarray(a)
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        raise TypeError(f"a must have a floating dtype, got {a.dtype}; pass floats, such as 1.0.")
+    log_x = jax.random.loggamma(threefry_key(key), jax.lax.stop_gradient(a), a.shape, a.dtype)
+    return _attach(log_x, a)
