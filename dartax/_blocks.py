@@ -39,16 +39,17 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_updates(updates: PyTree, template: PyTree) -> None:
+def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
     """Raises unless the gradient has the tree structure and shapes of ``template``."""
-    if jax.tree.structure(updates) == jax.tree.structure(template):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, template)]
+    if structures[0] == structures[1]:
         pairs = zip(
             jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(template), strict=True
         )
         for (path, update), leaf in pairs:
             if jnp.shape(update) != leaf.shape:
                 raise ValueError(
-                    f"updates must have the shapes of the parameters given to init, got "
+                    f"{name} must have the shapes of the parameters given to init, got "
                     f"{jnp.shape(update)} instead of {leaf.shape} at '{path_name(path)}'; "
                     "call init again after changing the model."
                 )
@@ -57,7 +58,7 @@ def check_updates(updates: PyTree, template: PyTree) -> None:
     want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
     missing, extra = sorted(want - got), sorted(got - want)
     raise ValueError(
-        "updates must have the tree structure of the parameters given to init, got "
+        f"{name} must have the tree structure of the parameters given to init, got "
         + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
         + "; take the gradient with respect to the same tree that init was given."
     )
@@ -78,8 +79,9 @@ def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
     Raises:
       ValueError: If a pytree of labels does not fit ``params``.
     """
+    labels: list[Any]
     if blocks is None:
-        labels = range(len(jax.tree.leaves(params)))
+        labels = list(range(len(jax.tree.leaves(params))))
     elif callable(blocks):
         labels = [blocks(path_name(p)) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     else:
@@ -117,6 +119,6 @@ def block_dots(left: PyTree, right: PyTree, index: jax.Array, num_blocks: int) -
 
 def spread(values: jax.Array, index: jax.Array, tree: PyTree) -> PyTree:
     """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
-    leaves, structure = jax.tree.flatten(tree)
+    structure: Any = jax.tree.structure(tree)
     per_leaf = values[index]
-    return structure.unflatten(per_leaf[i] for i in range(len(leaves)))
+    return jax.tree.unflatten(structure, [per_leaf[i] for i in range(structure.num_leaves)])

@@ -1,5 +1,6 @@
 """Looking at the learned rates. Nothing here draws: what was used is what is reported."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,15 +44,33 @@ def _map_arrays(state: ScaleByDartState) -> ScaleByDartState:
     )._replace(last_direction=state.last_direction)
 
 
-def _own_leaves(state: ScaleByDartState, num_leaves: int) -> list[int]:
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _own_leaves(state: ScaleByDartState, params: PyTree) -> list[int]:
     """Which of the parameters' leaves the state controls: those that no mask left out."""
-    slots = jax.tree.leaves(state.last_direction, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    num_leaves = len(jax.tree.leaves(params))
+    slots = jax.tree.leaves(state.last_direction, is_leaf=_is_masked)
+    if len(slots) != num_leaves and any(map(_is_masked, slots)):
+        # A mask that is a prefix of the tree leaves one node in place of a whole subtree. If
+        # the trees do not fit even so, the count below says it.
+        with contextlib.suppress(ValueError):
+            slots = jax.tree.leaves(
+                jax.tree.map(
+                    lambda slot, subtree: jax.tree.map(lambda _: slot, subtree),
+                    state.last_direction,
+                    params,
+                    is_leaf=_is_masked,
+                ),
+                is_leaf=_is_masked,
+            )
     if len(slots) != num_leaves:
         raise ValueError(
             f"params must be the tree that init was given, with {len(slots)} leaves, got "
             f"{num_leaves}; pass the parameters that opt_state belongs to."
         )
-    return [i for i, slot in enumerate(slots) if not isinstance(slot, optax.MaskedNode)]
+    return [i for i, slot in enumerate(slots) if not _is_masked(slot)]
 
 
 def _blocks_to_leaves(
@@ -62,9 +81,9 @@ def _blocks_to_leaves(
     result: list[Any] = [jnp.asarray(jnp.nan, jnp.float32)] * len(leaves)
     for _, state in _states(opt_state):
         per_leaf = values(state)[state.block_index]
-        for position, leaf in enumerate(_own_leaves(state, len(leaves))):
+        for position, leaf in enumerate(_own_leaves(state, params)):
             result[leaf] = per_leaf[position]
-    return structure.unflatten(result)
+    return jax.tree.unflatten(structure, result)
 
 
 def _expected(state: ScaleByDartState) -> jax.Array:
@@ -119,12 +138,13 @@ def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
     Returns:
       ``dart/step`` and ``dart/skipped`` (updates so far, and those skipped for a non-finite
       gradient), ``dart/multiplier`` (the user's schedule), ``dart/spent`` (mean share of
-      the budget that the blocks spend, in [0, 1]), and the smallest, mean and largest over blocks of the rates at
-      the last update (``dart/rate_*``) and of their means (``dart/expected_rate_*``). Where
-      ``optax.partition`` holds several DARTs, its label follows: ``dart/LABEL/step``.
+      the budget that the blocks spend, in [0, 1]), and the smallest, mean and largest over
+      blocks of the rates at the last update (``dart/rate_*``) and of their means
+      (``dart/expected_rate_*``). Where ``optax.partition`` holds several DARTs, its label
+      follows: ``dart/LABEL/step``.
     """
     states = _states(opt_state)
-    result = {}
+    result: dict[str, jax.Array] = {}
     for label, state in states:
         prefix = f"dart/{label}/" if len(states) > 1 else "dart/"
         num_blocks = state.last_rates.shape[0]
@@ -171,7 +191,7 @@ def describe(opt_state: PyTree, params: PyTree) -> str:
     sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
     tables = []
     for label, state in _states(opt_state):
-        own = _own_leaves(state, len(paths))
+        own = _own_leaves(state, params)
         tables.append(_table(label, state, [paths[i] for i in own], [sizes[i] for i in own]))
     return "\n\n".join(tables)
 

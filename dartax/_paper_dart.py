@@ -52,10 +52,10 @@ def paper_rule(
     b1, b2 = betas
 
     def learn(concentration, draw, h, moments, num):
-        gradient = budget * concentration_gradient(draw, concentration, h)
+        gradient = f32(budget) * concentration_gradient(draw, concentration, h)
         mu = moving_average(moments.hyper_mu, gradient, b1)
         nu = moving_average(moments.hyper_nu, gradient**2, b2)
-        step = eta * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + eps)
+        step = f32(eta) * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, Moments(mu, nu, moments.hyper_trend)
 
@@ -110,9 +110,12 @@ def paper_dart(
       >>> params = {"flat": jnp.ones(3), "steep": jnp.ones(3)}
       >>> optimizer = dartax.paper_dart()
       >>> state = optimizer.init(params)
-      >>> for _ in range(100):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(100):
+      ...     params, state = step(params, state)
       >>> bool(loss(params) < 0.15)
       True
 
@@ -147,7 +150,7 @@ def paper_dart(
     return optax.chain(
         decayed_weights(weight_decay, mask),
         scale_by_dirichlet(
-            paper_rule(alpha, lr_max - lr_min, eta, tuple(betas), eps),
+            paper_rule(alpha, lr_max - lr_min, eta, (betas[0], betas[1]), eps),
             optax.identity(),
             learning_rate=learning_rate,
             min_rate=lr_min,

@@ -71,9 +71,7 @@ class Rule(NamedTuple):
     """
 
     init: Callable[[int], jax.Array]
-    learn: Callable[
-        [jax.Array, Draw, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]
-    ]
+    learn: Callable[[jax.Array, Draw, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]]
 
 
 class ScaleByDartState(NamedTuple):
@@ -105,7 +103,7 @@ class ScaleByDartState(NamedTuple):
     """
 
     version: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
     skipped: jax.Array
     key: jax.Array
     block_index: jax.Array
@@ -128,6 +126,7 @@ def f32(value: Any) -> jax.Array:
 
 def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.Array:
     """One step of an exponential moving average."""
+    decay = f32(decay)
     return decay * average + (1 - decay) * value
 
 
@@ -136,7 +135,7 @@ def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
 
     Without values there is nothing to remove, and the average is 0.
     """
-    return average / (1 - f32(decay) ** jnp.maximum(num, 1))
+    return average / (1 - f32(decay) ** f32(jnp.maximum(num, 1)))
 
 
 def draw_shares(key: jax.Array, concentration: jax.Array) -> Draw:
@@ -166,8 +165,15 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
 
 def accumulate(direction: jax.Array, last: jax.Array, multiplier: Number, horizon: Number):
     """z_t = horizon * z_{t-1} + f_t * u_t, in float32, kept in the dtype of the buffer."""
-    z = horizon * last.astype(jnp.float32) + multiplier * direction.astype(jnp.float32)
+    z = f32(horizon) * last.astype(jnp.float32) + f32(multiplier) * direction.astype(jnp.float32)
     return z.astype(last.dtype)
+
+
+def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array:
+    """``rate * direction`` in the dtype of the direction, or 0; multiplied in float32 at least."""
+    dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
+    scaled = rate.astype(dtype) * direction.astype(dtype)
+    return jnp.where(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
 
 
 def scale_by_dirichlet(
@@ -183,6 +189,7 @@ def scale_by_dirichlet(
     direction_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
+    random.check_key(key)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
@@ -206,17 +213,17 @@ def scale_by_dirichlet(
             last_multiplier=f32(multiplier),
             min_rate=f32(min_rate),
             max_rate=f32(max_rate),
-            last_direction=jax.tree.map(
-                lambda p: jnp.zeros_like(p, dtype=direction_dtype), params
-            ),
+            last_direction=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=direction_dtype), params),
             inner_state=inner.init(params),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        _blocks.check_updates(updates, state.last_direction)
+        _blocks.check_updates("updates", updates, state.last_direction)
         gradient = extra_args.get("grad")
-        gradient = updates if gradient is None else gradient
-        _blocks.check_updates(gradient, state.last_direction)
+        if gradient is None:
+            gradient = updates
+        else:
+            _blocks.check_updates("grad", gradient, state.last_direction)
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
         # 1. Finish the last gradient: how good were the rates of the last step?
@@ -233,14 +240,12 @@ def scale_by_dirichlet(
         draw = draw_shares(jax.random.fold_in(key, state.count), concentration)
         low, high = f32(min_rate), f32(max_rate)
         rates = low + (high - low) * draw.share[:num_blocks]
-        multiplier = f32(
-            learning_rate(state.count) if callable(learning_rate) else learning_rate
-        )
+        multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
         # 4. Scale the directions.
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         scaled = jax.tree.map(
-            lambda u, rate: jnp.where(finite, rate * u, 0).astype(u.dtype),
+            functools.partial(scale, finite=finite),
             direction,
             _blocks.spread(multiplier * rates, index, direction),
         )

@@ -18,9 +18,7 @@ from jax.scipy.special import digamma, gammaln, xlogy
 from dartax import random
 
 
-def sample(
-    key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] = ()
-) -> jax.Array:
+def sample(key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
     """Draws points of the simplex, differentiable with respect to the concentrations.
 
     A Dirichlet draw is a vector of gamma draws over its sum, here

@@ -17,6 +17,8 @@ References:
   <https://arxiv.org/abs/1805.08498>`_, 2018.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.special import digamma
@@ -26,6 +28,27 @@ _LOG_SMALL = -4.6
 # From here on the expansion in 1/a is right to 1e-4 relative, and JAX's own
 # derivative starts to slow down (it is also wrong from about 1e6 on).
 _LARGE = 16.0
+
+
+def check_key(key: Any) -> None:
+    """Raises unless ``key`` is what :func:`threefry_key` takes."""
+    if isinstance(key, int) and not isinstance(key, bool):
+        if not 0 <= key < 2**32:
+            raise ValueError(f"key must be an int in [0, 2**32), got {key}; pass key=0.")
+    elif isinstance(key, bool) or not hasattr(key, "dtype"):
+        raise TypeError(
+            f"key must be an int or a JAX key, got {key!r}; pass key=0 or jax.random.key(0)."
+        )
+    elif jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.ndim != 0:
+            raise ValueError(
+                f"key must be one key, got {list(key.shape)} of them; jax.vmap over the keys."
+            )
+    elif key.ndim != 0 and (key.shape not in ((2,), (4,)) or key.dtype != jnp.uint32):
+        raise ValueError(
+            f"key must be one key (uint32 data of shape [2] or [4]), got {key.dtype} of shape "
+            f"{list(key.shape)}; pass jax.random.key(0)."
+        )
 
 
 def threefry_key(key: jax.Array | int) -> jax.Array:
@@ -46,23 +69,13 @@ def threefry_key(key: jax.Array | int) -> jax.Array:
       TypeError: If ``key`` is none of these.
       ValueError: If an int seed is out of range or an array has another shape.
     """
-    if isinstance(key, int) and not isinstance(key, bool):
-        if not 0 <= key < 2**32:
-            raise ValueError(f"key must be an int in [0, 2**32), got {key}; pass key=0.")
+    check_key(key)
+    if isinstance(key, int):
         return jax.random.key(key, impl="threefry2x32")
-    if isinstance(key, bool) or not hasattr(key, "dtype"):
-        raise TypeError(
-            f"key must be an int or a JAX key, got {key!r}; pass key=0 or jax.random.key(0)."
-        )
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     elif key.ndim == 0:
         return jax.random.key(jnp.asarray(key).astype(jnp.uint32), impl="threefry2x32")
-    if key.shape not in ((2,), (4,)) or key.dtype != jnp.uint32:
-        raise ValueError(
-            f"key must be one key (uint32 data of shape [2] or [4]), got {key.dtype} of shape "
-            f"{list(key.shape)}; split a batch of keys with jax.vmap."
-        )
     threefry = jax.random.wrap_key_data(key[:2], impl="threefry2x32")
     for word in key[2:]:
         threefry = jax.random.fold_in(threefry, word)

@@ -18,9 +18,9 @@ def main(argv: list[str] | None = None) -> int:
         "overridden: dartax train CONFIG --epochs 12; dartax train CONFIG --help lists them.",
         add_help=False,
     )
-    train_parser.add_argument("config", metavar="CONFIG", help="TOML file, such as configs/digits.toml")
+    train_parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
     plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
-    plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder, such as runs/digits")
+    plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

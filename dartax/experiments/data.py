@@ -54,9 +54,8 @@ def digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
-    x, y = (x / 16.0).astype(np.float32), y.astype(np.int32)
     test = np.arange(len(x)) % 5 == 4
-    return Dataset(*_standardize(x[~test], x[test], y[~test], y[test]), num_classes=10)
+    return _standardized(x[~test], y[~test], x[test], y[test])
 
 
 def mnist() -> Dataset:
@@ -65,16 +64,23 @@ def mnist() -> Dataset:
     train_x, train_y, test_x, test_y = (
         _parse_idx(raw, name) for raw, name in zip(files, MNIST_SHA256, strict=True)
     )
-    images = [(x.reshape(len(x), -1) / 255.0).astype(np.float32) for x in (train_x, test_x)]
-    labels = [y.astype(np.int32) for y in (train_y, test_y)]
-    return Dataset(*_standardize(*images, *labels), num_classes=10)
+    return _standardized(
+        train_x.reshape(len(train_x), -1), train_y, test_x.reshape(len(test_x), -1), test_y
+    )
 
 
-def _standardize(train_x, test_x, train_y, test_y):
-    """Zero mean and unit variance over all training pixels, one number each."""
+def _standardized(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+) -> Dataset:
+    """Ten classes; zero mean and unit variance over all training pixels, one number each."""
     mean, std = train_x.mean(dtype=np.float64), train_x.std(dtype=np.float64)
-    scale = lambda x: ((x - mean) / std).astype(np.float32)  # noqa: E731
-    return scale(train_x), train_y, scale(test_x), test_y
+    return Dataset(
+        train_x=((train_x - mean) / std).astype(np.float32),
+        train_y=train_y.astype(np.int32),
+        test_x=((test_x - mean) / std).astype(np.float32),
+        test_y=test_y.astype(np.int32),
+        num_classes=10,
+    )
 
 
 def _mnist_file(name: str) -> bytes:

@@ -4,14 +4,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dartax.experiments.config import ConfigError
 from dartax.experiments.run_folder import read_metrics
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
-from matplotlib.axes import Axes  # noqa: E402
 
 
 def draw(workdir: Path) -> list[Path]:
@@ -45,13 +42,13 @@ def draw(workdir: Path) -> list[Path]:
 
 
 def _save(path: Path, draw_on) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     draw_on(axes)
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 
@@ -91,13 +88,13 @@ def _concentrations(ax: Axes, columns: dict[str, np.ndarray], blocks: list[str])
 
 
 def _styles(num: int) -> list[dict]:
-    """A colour a block, and a dash pattern where colours repeat."""
+    """A colour a block, each line thinner than the one below it: equal ones stay visible."""
     if num <= 10:
         colors = [matplotlib.colormaps["tab10"](i) for i in range(num)]
     else:
         colors = [matplotlib.colormaps["turbo"](i / (num - 1)) for i in range(num)]
-    dashes = ["-", "--", ":", "-."]
-    return [{"color": color, "ls": dashes[i % 4], "lw": 1.5} for i, color in enumerate(colors)]
+    widths = np.linspace(4.0, 1.0, num)
+    return [{"color": color, "lw": width} for color, width in zip(colors, widths, strict=True)]
 
 
 def _log_axis(ax: Axes, values: list[np.ndarray]) -> None:
@@ -110,6 +107,4 @@ def _log_axis(ax: Axes, values: list[np.ndarray]) -> None:
 
 def _legend(ax: Axes, num: int) -> None:
     if num <= 30:
-        ax.legend(
-            frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + num // 16
-        )
+        ax.figure.legend(frameon=False, fontsize=8, ncols=1 + num // 16, loc="outside right center")

@@ -50,10 +50,15 @@ class Functions(NamedTuple):
     rates: Callable[[TrainState], dict[str, jax.Array]]
 
 
-def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Mean cross-entropy of a batch."""
-    logits = model.apply({"params": params}, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The training loss of a batch."""
+    logits: Any = model.apply({"params": params}, x)
+    return cross_entropy(logits, y)
 
 
 def compile_functions(
@@ -90,9 +95,8 @@ def compile_functions(
 
     @jax.jit
     def evaluate(params, x, y):
-        logits = model.apply({"params": params}, x)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-        return loss, jnp.mean(jnp.argmax(logits, -1) == y)
+        logits: Any = model.apply({"params": params}, x)
+        return cross_entropy(logits, y), jnp.mean(jnp.argmax(logits, -1) == y)
 
     @jax.jit
     def rates(state):
@@ -224,15 +228,23 @@ def claim_workdir(config: Config, workdir: Path) -> None:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that dartax was imported from, if it is one."""
-    try:
+    """The commit that dartax was imported from, with -dirty after local changes.
+
+    ``None`` for an installed copy, also where it lies inside the repository of something else.
+    """
+
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "rev-parse", "HEAD"],
+            ["git", *arguments],
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -1,0 +1,24 @@
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The tests spend their time compiling small programs, not running them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """Equal programs of different tests compile once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    """Tests write where pytest cleans up, whatever relative paths they use."""
+    monkeypatch.chdir(tmp_path)

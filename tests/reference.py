@@ -1,0 +1,138 @@
+"""Slow oracles in NumPy and SciPy, float64, written from the formulas alone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import special, stats
+
+Draw = Callable[[int, np.ndarray], np.ndarray]
+
+
+def log_quantile(p: float, a: float) -> float:
+    """log x with F(x; a) = p for Gamma(a, 1), also where x underflows."""
+    x = special.gammaincinv(a, p)
+    return np.log(x) if x > 1e-250 else (np.log(p) + special.gammaln(a + 1)) / a
+
+
+def log_derivative(log_x: float, a: float) -> float:
+    """d log x / d log a = -a (dF/da) / f, f the density of log x; dF/da by differences."""
+    if log_x < -50:  # F = x^a / Gamma(a + 1), and d log F = 0 gives the rate
+        return special.digamma(a + 1) - log_x
+    x = np.exp(log_x)
+    step = 1e-3 * min(a, np.sqrt(a))
+    # The smaller tail keeps its digits.
+    if special.gammainc(a, x) < 0.5:
+        distribution, sign = special.gammainc, 1.0
+    else:
+        distribution, sign = special.gammaincc, -1.0
+    below, above = (distribution(a + k * step, x) for k in (-1, 1))
+    below2, above2 = (distribution(a + k * step, x) for k in (-2, 2))
+    slope = sign * (8 * (above - below) - (above2 - below2)) / (12 * step)
+    density = stats.gamma.pdf(x, a) * x
+    return -a * slope / density
+
+
+def adam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
+    """Adam directions, one tree of arrays after the other."""
+    state: dict[str, Any] = {"t": 0}
+
+    def direction(gradient: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        state["t"] += 1
+        result = {}
+        for name, g in gradient.items():
+            m, v = state.get(name, (0.0, 0.0))
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+            state[name] = (m, v)
+            m_hat, v_hat = m / (1 - beta1 ** state["t"]), v / (1 - beta2 ** state["t"])
+            result[name] = m_hat / (np.sqrt(v_hat) + eps)
+        return result
+
+    return direction
+
+
+def sgd():
+    """The gradient itself."""
+    return lambda gradient: gradient
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def paper_dart(
+    params, gradients, direction, draw: Draw, *, lr_min=1e-6, lr_max=0.1, alpha=1.0,
+    betas=(0.9, 0.999), eps=1e-8, eta=0.01, weight_decay=0.0,
+):  # fmt: skip
+    """The published formula, component by component; yields params, concentrations, rates."""
+    names = sorted(params)
+    K = len(names)
+    params = {name: np.array(params[name], float) for name in names}
+    a, m, v = np.full(K, alpha), np.zeros(K), np.zeros(K)
+    last = pi = l = None
+    for t, gradient_of in enumerate(gradients):
+        g = gradient_of(params)
+        g = {name: g[name] + weight_decay * params[name] for name in names}
+        if t > 0:
+            h = [-np.sum(g[name] * last[name]) for name in names]
+            for j in range(K):
+                mean_h = sum(pi[k] * h[k] for k in range(K))
+                grad = (lr_max - lr_min) * l[j] / a[j] * pi[j] * (h[j] - mean_h)
+                m[j] = betas[0] * m[j] + (1 - betas[0]) * grad
+                v[j] = betas[1] * v[j] + (1 - betas[1]) * grad**2
+            m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+            a = np.clip(a - eta * m_hat / (np.sqrt(v_hat) + eps), 0.1, 10.0)
+        log_gamma = draw(t, a)
+        pi = softmax(log_gamma)
+        l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K)])
+        rates = lr_min + (lr_max - lr_min) * pi
+        last = direction(g)
+        params = {name: params[name] - rates[i] * last[name] for i, name in enumerate(names)}
+        yield params, a, rates
+
+
+def dart(
+    params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, max_rate=1.0,
+    concentration=10.0, horizon=0.99, allocation_step=0.005, weight_decay=0.0,
+    multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
+):  # fmt: skip
+    """The learning-rate-free form with slack; yields params, concentrations, rates."""
+    b1, b_trend, b2 = 0.9, 0.98, 0.99
+    names = sorted(params)
+    labels = labels or {name: i for i, name in enumerate(names)}
+    K = len(set(labels.values()))
+    params = {name: np.array(params[name], float) for name in names}
+    slack = concentration * ((max_rate - min_rate) / (init_rate - min_rate) - K)
+    a = np.append(np.full(K, concentration), slack)
+    m, v, trend = np.zeros(K + 1), np.zeros(K + 1), np.zeros(K + 1)
+    z = {name: np.zeros_like(params[name]) for name in names}
+    pi = l = np.zeros(K + 1)
+    for t, gradient_of in enumerate(gradients):
+        g = gradient_of(params)
+        if t > 0:
+            h = np.zeros(K)
+            for name in names:
+                h[labels[name]] -= np.sum(g[name] * z[name])
+            w = pi[:K] / pi[:K].sum()
+            allocation = [l[i] * w[i] * (h[i] - np.sum(w * h)) for i in range(K)]
+            grad = np.append(allocation, -l[K] * pi[K] * np.sum(pi[:K] * h))
+            m = b1 * m + (1 - b1) * grad
+            trend = b_trend * trend + (1 - b_trend) * grad
+            v = b2 * v + (1 - b2) * grad**2
+            root = np.sqrt(v / (1 - b2**t))
+            short, long = m / (1 - b1**t) / root, trend / (1 - b_trend**t) / root
+            a[:K] = a[:K] * np.exp(-allocation_step * (short[:K] - short[:K].mean()))
+            grow = np.clip(min(short[K], long[K]), 0, 1) * min(0.1, 20.0 / (1 + t))
+            retreat = np.clip(-4 * short[K] - 3, 0, 1) * 0.1
+            a[K] = a[K] * np.exp(retreat - grow)
+            a = np.clip(a, 1e-4, 1e30)
+        log_gamma = draw(t, a)
+        pi = softmax(log_gamma)
+        l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])
+        rates = multiplier(t) * (min_rate + (max_rate - min_rate) * pi[:K])
+        u = direction(g)
+        u = {name: u[name] + weight_decay * params[name] for name in names}
+        z = {name: horizon * z[name] + multiplier(t) * u[name] for name in names}
+        params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
+        yield params, a.copy(), rates

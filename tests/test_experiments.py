@@ -1,0 +1,325 @@
+import csv
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dartax.experiments import cli, data, plots
+from dartax.experiments import config as config_lib
+from dartax.experiments.config import Config, ConfigError, ModelConfig, OptimizerConfig
+from dartax.experiments.run_folder import Checkpoints, read_metrics
+from dartax.experiments.train import train_and_evaluate
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = ["--epochs", "4", "--model.hidden", "16", "--log-steps", "10", "--seed", "5"]
+
+
+def rows_of(workdir):
+    """metrics.csv as text, without the column of wall times."""
+    with (Path(workdir) / "metrics.csv").open() as file:
+        return [
+            {name: cell for name, cell in row.items() if name != "wall_s"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def final_state(workdir):
+    """The arrays of the last checkpoint."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute()) as manager:
+        step = manager.latest_step()
+        return step, jax.tree.leaves(manager.restore(step, args=ocp.args.StandardRestore()))
+
+
+def assert_same_run(first, second):
+    assert rows_of(first) == rows_of(second)
+    (step, leaves), (other_step, other_leaves) = final_state(first), final_state(second)
+    assert step == other_step
+    for leaf, other in zip(leaves, other_leaves, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_build(path):
+    from dartax.experiments import optimizers
+
+    config = config_lib.load(path)
+    optimizers.build(config.optimizer, steps=10)
+    assert config.workdir == f"runs/{path.stem}"
+
+
+def test_config_survives_saving(tmp_path):
+    config = Config(
+        model=ModelConfig(hidden=(3, 4)), optimizer=OptimizerConfig(options={"init_rate": 1e-4})
+    )
+    config_lib.save(config, tmp_path / "config.toml")
+    assert config_lib.load(tmp_path / "config.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("toml", "match"),
+    [
+        ("epoch = 3", "epoch is not a key of the configuration; did you mean 'epochs'?"),
+        ("[optimizer]\nscedule = 'linear'", "optimizer.scedule is not .* did you mean 'schedule'?"),
+        ("[optimizer]\nname = 'dartt'", "optimizer.name must be one of .* got 'dartt'; did you mean 'dart'?"),
+        ("epochs = 0", "epochs must be an int of at least 1, got 0"),
+        ("epochs = true", "epochs must be of type int, got True"),
+        ("epochs = '3'", "epochs must be of type int, got '3'"),
+        ("seed = -1", r"seed must be an int in \[0, 2\*\*32\), got -1"),
+        ("checkpoint_seconds = nan", "checkpoint_seconds must be a non-negative number, got nan"),
+        ("model = 3", r"model must be a table, got 3"),
+        ("[model]\nhidden = [0]", r"model.hidden must hold widths of at least 1, got \[0\]"),
+        ("[model]\nhidden = ['a']", r"model.hidden\[0\] must be of type int, got 'a'"),
+        ("epochs = = 3", "CONFIG must be valid TOML"),
+    ],
+)  # fmt: skip
+def test_bad_configs(tmp_path, toml, match):
+    (tmp_path / "bad.toml").write_text(toml)
+    with pytest.raises(ConfigError, match=match):
+        config_lib.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "match"),
+    [
+        (OptimizerConfig(options={"int_rate": 1.0}), "int_rate is not an option of dart; did you mean 'init_rate'?"),
+        (OptimizerConfig(options={"init_rate": 2.0}), "init_rate must be below max_rate"),
+        (OptimizerConfig(name="paper_dart", options={"lr_min": 1.0}), "lr_min must be below lr_max"),
+        (OptimizerConfig(name="adamw", inner="lion"), "optimizer.inner must be left out under adamw"),
+        (OptimizerConfig(learning_rate=float("nan"), schedule="constant"), "learning_rate must be .* got nan"),
+    ],
+)  # fmt: skip
+def test_bad_optimizer_configs(optimizer, match):
+    with pytest.raises(ConfigError, match=match):
+        train_and_evaluate(Config(optimizer=optimizer))
+    assert not Path("runs").exists(), "a run that cannot be made leaves nothing behind"
+
+
+def test_command_line_messages(capsys, tmp_path):
+    assert cli.main(["train", "missing.toml"]) == 2
+    assert "CONFIG must be a readable TOML file, got 'missing.toml'" in capsys.readouterr().err
+    assert cli.main(["plot", "nowhere"]) == 2
+    assert "RUN must be a run folder with a metrics.csv" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(CONFIGS / "digits.toml"), "--epoch", "3"])
+    message = capsys.readouterr().err
+    assert "--epoch" in message
+    assert "--epochs" in message
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(CONFIGS / "digits.toml"), "--epochs", "many"])
+    assert cli.main(["train", str(CONFIGS / "digits.toml"), "--batch-size", "5000"]) == 2
+    assert "batch_size must be at most the 1438 training examples" in capsys.readouterr().err
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert cli.main(["train", str(CONFIGS / "digits.toml"), "--workdir", str(blocked / "a")]) == 2
+    assert "workdir must be a writable folder" in capsys.readouterr().err
+
+
+def test_train_leaves_a_run_folder(capsys):
+    arguments = ["train", str(CONFIGS / "digits.toml"), *SMALL, "--workdir", "runs/a"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out
+    assert "Dense_0/kernel" in out
+    summary = json.loads(Path("runs/a/summary.json").read_text())
+    assert summary["steps"] == 4 * 22
+    assert summary["epochs"] == 4
+    assert summary["wall_s"] > 0
+    assert summary["versions"]["jax"] == jax.__version__
+    assert 0 < summary["test_accuracy"] <= 1
+    rows = read_metrics(Path("runs/a/metrics.csv"))
+    assert [row["step"] for row in rows] == [10, 20, 22, 32, 42, 44, 54, 64, 66, 76, 86, 88]
+    assert [row["epoch"] for row in rows if row["test_loss"] is not None] == [1, 2, 3, 4]
+    assert rows[-1]["test_loss"] == summary["test_loss"]
+    # The last step of the linear decay still has a rate, and every block has its own.
+    last = [rows[-1][f"rate/Dense_{i}/{leaf}"] for i in (0, 1) for leaf in ("bias", "kernel")]
+    assert len(set(last)) == 4
+    assert rows[-1]["rate"] == pytest.approx(np.mean(last))
+    assert all(0 < rate < max(row["rate"] or 0 for row in rows) for rate in last)
+    saved = config_lib.load("runs/a/config.toml")
+    assert (saved.epochs, saved.seed, saved.model.hidden) == (4, 5, (16,))
+    for name in ("loss", "learning_rates", "concentrations"):
+        assert Path(f"runs/a/plots/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    # Again: nothing is trained, and the same result is told.
+    before = Path("runs/a/metrics.csv").stat().st_mtime_ns
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == out
+    assert Path("runs/a/metrics.csv").stat().st_mtime_ns == before
+
+    # Another configuration does not overwrite it.
+    assert cli.main([*arguments, "--epochs", "5"]) == 2
+    assert "with another (epochs 4 there, 5 here)" in capsys.readouterr().err
+
+    # The pictures can be drawn again.
+    shutil.rmtree("runs/a/plots")
+    assert cli.main(["plot", "runs/a"]) == 0
+    assert capsys.readouterr().out.split() == [
+        f"runs/a/plots/{name}.png" for name in ("loss", "learning_rates", "concentrations")
+    ]
+
+
+def test_baselines_have_no_rate_columns():
+    config = Config(
+        epochs=1,
+        model=ModelConfig(hidden=()),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="cosine"),
+    )
+    train_and_evaluate(config, progress=False)
+    assert read_metrics(Path("runs/digits/metrics.csv"))[-1]["rate"] is None
+    assert [path.name for path in Path("runs/digits/plots").iterdir()] == ["loss.png"]
+
+
+def small_config(workdir, epochs=4):
+    return Config(
+        epochs=epochs,
+        workdir=str(workdir),
+        checkpoint_seconds=0.0,
+        model=ModelConfig(hidden=(16,)),
+    )
+
+
+def test_a_killed_run_ends_where_an_unbroken_one_ends():
+    """SIGKILL at whatever moment it hits, twice; then the same command to the end."""
+    epochs = 60
+    config_lib.save(small_config("runs/killed", epochs), Path("killed.toml"))
+    command = [sys.executable, "-m", "dartax.experiments.cli", "train", "killed.toml"]
+    for kill_after_epoch in (3, 12):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        metrics = Path("runs/killed/metrics.csv")
+        deadline = time.monotonic() + 120
+        while not (rows := read_metrics(metrics)) or rows[-1]["epoch"] < kill_after_epoch:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not Path("runs/killed/summary.json").exists()
+        steps = [int(p.name) for p in Path("runs/killed/checkpoints").iterdir() if p.name.isdigit()]
+        assert steps, "nothing to resume from"
+    train_and_evaluate(small_config("runs/killed", epochs), progress=False)
+    train_and_evaluate(small_config("runs/whole", epochs), progress=False)
+    assert_same_run("runs/killed", "runs/whole")
+
+
+def test_damaged_and_half_written_checkpoints_are_not_picked_up(capsys):
+    train_and_evaluate(small_config("runs/whole"), progress=False)
+    shutil.copytree("runs/whole", "runs/damaged")
+    config_lib.save(small_config("runs/damaged"), Path("runs/damaged/config.toml"))
+    Path("runs/damaged/summary.json").unlink()
+    checkpoints = Path("runs/damaged/checkpoints")
+    newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    # What a kill leaves: a folder with the temporary name and part of the files.
+    half = checkpoints / f"9999.orbax-checkpoint-tmp-{int(newest.name)}"
+    shutil.copytree(newest, half)
+    # What a full disk leaves: files cut short.
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 200:
+            os.truncate(path, 100)
+    # A last row without its end.
+    with Path("runs/damaged/metrics.csv").open("a") as file:
+        file.write("99,5,0.1,0.2")
+    train_and_evaluate(small_config("runs/damaged"), progress=False)
+    assert f"checkpoint {newest.name} cannot be read" in capsys.readouterr().err
+    assert_same_run("runs/damaged", "runs/whole")
+
+
+def test_checkpoints_without_any_start_from_the_template(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.restore_latest({"a": np.ones(2)})[0] == 0
+    checkpoints.close()
+
+
+def test_digits():
+    digits = data.load("digits")
+    assert digits.train_x.shape == (1438, 64)
+    assert digits.test_x.shape == (359, 64)
+    assert digits.train_x.dtype == np.float32
+    assert digits.train_y.dtype == np.int32
+    assert abs(digits.train_x.mean()) < 1e-5
+    assert abs(digits.train_x.std() - 1) < 1e-4
+
+
+@pytest.mark.skipif(
+    not (data.data_dir() / "mnist").exists(), reason="MNIST is not in $DARTAX_DATA_DIR"
+)
+def test_mnist():
+    mnist = data.load("mnist")
+    assert mnist.train_x.shape == (60_000, 784)
+    assert mnist.test_x.shape == (10_000, 784)
+    np.testing.assert_array_equal(mnist.train_y[:5], [5, 0, 4, 1, 9])
+    np.testing.assert_array_equal(np.bincount(mnist.test_y)[:3], [980, 1135, 1032])
+    assert abs(mnist.train_x.mean()) < 1e-4
+
+
+def test_missing_mnist_without_a_network(monkeypatch, tmp_path, capsys):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path / "data"))
+    assert cli.main(["train", str(CONFIGS / "mnist.toml")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "or downloadable, got neither (<urlopen error no route to host>)" in message
+    assert "set DARTAX_DATA_DIR to a folder that holds mnist/train-images-idx3-ubyte.gz" in message
+
+
+def test_damaged_mnist(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
+    whole = gzip.compress(b"\0\0\x08\x01" + bytes(1000))
+    for content, match in (
+        (whole[:-10], "must be a whole, readable file"),
+        (b"not gzip", "must be a whole, readable file"),
+        (whole, "must be the published MNIST file, got 1,004 bytes"),
+    ):
+        (folder / "train-images-idx3-ubyte.gz").write_bytes(content)
+        assert cli.main(["train", str(CONFIGS / "mnist.toml")]) == 2
+        message = capsys.readouterr().err
+        assert match in message
+        assert "delete it and run again" in message
+
+
+def test_downloads_are_kept_and_checked(monkeypatch, tmp_path):
+    class Response:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self):
+            return gzip.compress(b"something else")
+
+    asked = []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: asked.append(url) or Response())
+    monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
+    with pytest.raises(data.DataError, match="must be the published MNIST file"):
+        data.load("mnist")
+    assert asked == [data.MNIST_URL + "train-images-idx3-ubyte.gz"]
+    assert [path.name for path in (tmp_path / "mnist").iterdir()] == ["train-images-idx3-ubyte.gz"]
+
+
+def test_plot_of_many_blocks(tmp_path):
+    names = [f"Layer_{i}/kernel" for i in range(40)]
+    columns = ["step", "train_loss", "test_loss", "test_accuracy"]
+    columns += [f"{c}/{n}" for c in ("expected_rate", "rate_std", "concentration") for n in names]
+    with (tmp_path / "metrics.csv").open("w") as file:
+        file.write(",".join(columns) + "\n")
+        for step in (1, 2, 3):
+            file.write(",".join([str(step), "1.0", "", ""] + ["0.1"] * (len(columns) - 4)) + "\n")
+    assert len(plots.draw(tmp_path)) == 3

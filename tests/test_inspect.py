@@ -1,0 +1,133 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dartax
+
+PARAMS = {"dense": {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))}, "scale": jnp.ones(())}
+
+
+def after(optimizer, steps):
+    state = optimizer.init(PARAMS)
+    update = jax.jit(optimizer.update)
+    for i in range(steps):
+        grads = jax.tree.map(lambda p, i=i: (i + 1.0) * p, PARAMS)
+        updates, state = update(grads, state, PARAMS)
+    return updates if steps else None, state
+
+
+def test_rates_are_those_that_were_used():
+    updates, state = after(dartax.dart(inner=optax.identity(), init_rate=0.01), 3)
+    rates = dartax.learning_rates(state, PARAMS)
+    jax.tree.map(lambda u, r: np.testing.assert_allclose(u, -3 * r, rtol=1e-6), updates, rates)
+    # Reading changes nothing and never draws.
+    chex.assert_trees_all_equal(rates, dartax.learning_rates(state, PARAMS))
+
+
+def test_mean_and_deviation_are_those_of_the_draws():
+    n = 4000
+
+    def rates(key):
+        optimizer = dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4, key=key)
+        state = optimizer.init(PARAMS)
+        _, state = optimizer.update(PARAMS, state, PARAMS)
+        return dartax.learning_rates(state, PARAMS)["scale"]
+
+    draws = jax.jit(jax.vmap(rates))(jax.random.split(jax.random.key(1), n))
+    _, state = after(dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4), 1)
+    mean = dartax.expected_learning_rates(state, PARAMS)["scale"]
+    std = dartax.learning_rate_std(state, PARAMS)["scale"]
+    np.testing.assert_allclose(mean, 0.5 * 0.4, rtol=1e-5)
+    assert abs(np.mean(draws) - mean) < 5 * std / np.sqrt(n)
+    np.testing.assert_allclose(np.std(draws), std, rtol=0.06)
+
+
+@pytest.mark.parametrize("init_rate", [1e-8, 1e-5, 1e-2])
+def test_init_rate_is_the_first_mean_rate(init_rate):
+    state = dartax.dart(init_rate=init_rate).init(PARAMS)
+    for rate in jax.tree.leaves(dartax.expected_learning_rates(state, PARAMS)):
+        np.testing.assert_allclose(rate, init_rate, rtol=1e-5)
+    for rate in jax.tree.leaves(dartax.learning_rates(state, PARAMS)):
+        assert rate == 0
+
+
+def test_blocks_share_a_rate():
+    by_layer = lambda path: path.split("/")[0]  # noqa: E731
+    labels = {"dense": "dense", "scale": "scale"}
+    for blocks in (by_layer, labels, {"dense": {"bias": 0, "kernel": 0}, "scale": 1}):
+        _, state = after(dartax.dart(blocks=blocks), 3)
+        rates = dartax.learning_rates(state, PARAMS)
+        assert rates["dense"]["bias"] == rates["dense"]["kernel"] != rates["scale"]
+        assert dartax.concentrations(state, PARAMS)["scale"].shape == ()
+    assert "dense/bias, dense/kernel" in dartax.describe(state, PARAMS)
+
+
+def test_metrics_are_scalars_inside_jit():
+    optimizer = dartax.dart()
+
+    @jax.jit
+    def step(state):
+        _, state = optimizer.update(PARAMS, state, PARAMS)
+        return state, dartax.metrics(state)
+
+    _, metrics = step(optimizer.init(PARAMS))
+    assert all(value.shape == () for value in metrics.values())
+    assert metrics["dart/step"] == 1
+    assert metrics["dart/multiplier"] == 1
+    assert metrics["dart/rate_min"] <= metrics["dart/rate_mean"] <= metrics["dart/rate_max"]
+    np.testing.assert_allclose(metrics["dart/spent"], 3e-5, rtol=1e-4)
+
+
+def test_describe_tells_health():
+    optimizer = dartax.dart()
+    state = optimizer.init(PARAMS)
+    assert dartax.describe(state, PARAMS).count("not started") == 3
+    grads = {"dense": jax.tree.map(jnp.zeros_like, PARAMS["dense"]), "scale": jnp.ones(())}
+    for _ in range(3):
+        _, state = optimizer.update(grads, state, PARAMS)
+    table = dartax.describe(state, PARAMS)
+    assert table.count("no gradient") == 2
+    assert table.count("learning") == 1
+    assert "after 3 updates" in table
+    kernel = next(line for line in table.splitlines() if line.startswith("dense/kernel"))
+    assert kernel.split()[1] == "6"
+
+
+def test_state_is_found_in_any_nesting():
+    nested = optax.MultiSteps(
+        optax.chain(
+            optax.masked(
+                optax.inject_hyperparams(dartax.dart)(init_rate=1e-3),
+                {"dense": True, "scale": False},
+            ),
+            optax.apply_if_finite(optax.identity(), 3),
+        ),
+        every_k_schedule=1,
+    )
+    state = nested.init(PARAMS)
+    rates = dartax.expected_learning_rates(state, PARAMS)
+    np.testing.assert_allclose(rates["dense"]["kernel"], 1e-3, rtol=1e-5)
+    assert np.isnan(rates["scale"])
+
+
+def test_logged_fields_have_unique_names_in_a_chain():
+    state = optax.chain(optax.scale_by_adam(), dartax.dart()).init(PARAMS)
+    for name in ("concentration", "last_rates", "skipped", "hyper_mu", "hypergradient"):
+        assert optax.tree.get(state, name) is not None
+
+
+def test_state_without_dart():
+    state = optax.adam(1e-3).init(PARAMS)
+    with pytest.raises(ValueError, match=r"opt_state must hold the state of a DART transform"):
+        dartax.learning_rates(state, PARAMS)
+    with pytest.raises(ValueError, match=r"opt_state must hold the state of a DART transform"):
+        dartax.metrics(state)
+
+
+def test_params_of_another_tree():
+    state = dartax.dart().init(PARAMS)
+    with pytest.raises(ValueError, match="params must be the tree that init was given, with 3"):
+        dartax.learning_rates(state, {"dense": PARAMS["dense"]})

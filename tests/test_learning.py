@@ -1,0 +1,102 @@
+"""What the concentrations learn, on noisy quadratics with a flat and a steep direction."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dartax
+
+CURVATURE = {"flat": 0.05, "steep": 4.0}
+# The flat direction starts far from its minimum; the steep one is at its noise floor, where
+# a smaller rate is better.
+START = {"flat": 10.0, "steep": 0.1}
+DIM = 10
+
+
+def loss_fn(params):
+    return sum(0.5 * c * jnp.sum(params[name] ** 2) for name, c in CURVATURE.items())
+
+
+@functools.partial(jax.jit, static_argnames=("make", "steps", "noise", "sign"))
+def run(keys, *, make, steps, noise, sign=1.0):
+    """Final loss and concentrations for every key, with the hypergradient times ``sign``."""
+
+    def one(key):
+        optimizer = make(key)
+        params = {name: jnp.full(DIM, value) for name, value in START.items()}
+
+        def step(carry, t):
+            params, state = carry
+            grads = jax.grad(loss_fn)(params)
+            step_key = jax.random.fold_in(jax.random.fold_in(key, 1), t)
+            grads = {
+                name: g + noise * jax.random.normal(jax.random.fold_in(step_key, i), (DIM,))
+                for i, (name, g) in enumerate(sorted(grads.items()))
+            }
+            seen = jax.tree.map(lambda g: sign * g, grads)
+            updates, state = optimizer.update(grads, state, params, grad=seen)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+        return loss_fn(params), dartax.concentrations(state, params)
+
+    return jax.vmap(one)(keys)
+
+
+KEYS = jax.random.split(jax.random.key(0), 32)
+
+
+def paper(key, eta=0.05, **options):
+    return dartax.paper_dart(eta=eta, key=key, **options)
+
+
+def test_descending_helps_and_the_published_ascent_hurts():
+    run_paper = functools.partial(run, KEYS, steps=500, noise=1.0)
+    descent, _ = run_paper(make=paper)
+    ascent, _ = run_paper(make=paper, sign=-1.0)
+    frozen, _ = run_paper(make=functools.partial(paper, eta=0.0))
+    for worse, better in ((frozen, descent), (ascent, frozen)):
+        gap = np.asarray(worse - better)  # paired: the keys are the same
+        assert gap.mean() > 5 * gap.std() / np.sqrt(len(gap))
+
+
+def test_paper_dart_gives_the_flat_tensor_the_larger_concentration():
+    _, concentration = run(KEYS, make=paper, steps=500, noise=1.0)
+    ratio = np.log(concentration["flat"] / concentration["steep"])
+    assert ratio.mean() > 5 * ratio.std() / np.sqrt(len(ratio))
+    assert np.mean(ratio > 0) > 0.9
+    _, frozen = run(KEYS, make=functools.partial(paper, eta=0.0), steps=500, noise=1.0)
+    np.testing.assert_array_equal(frozen["flat"], 1.0)
+
+
+def dart_sgd(key, init_rate=1e-5):
+    return dartax.dart(inner=optax.identity(), init_rate=init_rate, key=key)
+
+
+START_LOSS = float(loss_fn({name: jnp.full(DIM, value) for name, value in START.items()}))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_dart_finds_a_rate_from_far_below(noise):
+    loss, _ = run(KEYS, make=dart_sgd, steps=500, noise=noise)
+    assert np.all(loss < 0.3 * START_LOSS)
+
+
+def test_dart_retreats_from_a_rate_that_diverges():
+    # The rates of gradient descent on the steep direction must stay below 2 / 4.
+    too_high = functools.partial(dart_sgd, init_rate=0.4)
+    fixed = functools.partial(paper, eta=0.0, lr_min=0.79, lr_max=0.8)
+    loss, _ = run(KEYS, make=fixed, steps=500, noise=0.3)
+    assert not np.any(loss < START_LOSS)
+    loss, _ = run(KEYS, make=too_high, steps=500, noise=0.3)
+    assert np.all(loss < 0.3 * START_LOSS)
+
+
+def test_dart_moves_budget_to_the_flat_tensor():
+    _, concentration = run(KEYS, make=dart_sgd, steps=500, noise=1.0)
+    ratio = np.log(concentration["flat"] / concentration["steep"])
+    assert ratio.mean() > 5 * ratio.std() / np.sqrt(len(ratio))

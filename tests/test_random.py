@@ -1,0 +1,108 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from scipy import special, stats
+
+from dartax import random
+
+ALPHAS = [1e-4, 1e-3, 1e-2, 0.1, 0.5, 1, 2, 5, 15.9, 16.1, 50, 1e3, 1e5, 1e6, 1e7, 1e8, 1e10]
+QUANTILES = [1e-5, 1e-3, 0.05, 0.3, 0.5, 0.7, 0.95, 0.999, 1 - 1e-5]
+
+
+@pytest.mark.parametrize("a", ALPHAS)
+def test_log_derivative_is_the_implicit_gradient(a):
+    log_x = np.array([reference.log_quantile(p, a) for p in QUANTILES], np.float32)
+    exact = [reference.log_derivative(float(x), float(np.float32(a))) for x in log_x]
+    got = random.log_derivative(jnp.asarray(log_x), jnp.float32(a))
+    np.testing.assert_allclose(got, exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("a", ALPHAS)
+def test_gradient_of_loggamma_at_its_own_draws(a):
+    a = jnp.full(8, a, jnp.float32)
+    log_x, pullback = jax.vjp(lambda a: random.loggamma(3, a), a)
+    (grad,) = pullback(jnp.ones_like(log_x))
+    exact = [
+        reference.log_derivative(float(x), float(b)) / float(b)
+        for x, b in zip(log_x, a, strict=True)
+    ]
+    np.testing.assert_allclose(grad, exact, rtol=1e-3)
+
+
+def test_log_derivative_in_float64_agrees_with_float32():
+    with jax.enable_x64(True):
+        log_x, a = np.log([0.3, 7.0, 900.0, 1e7 + 5e3]), np.array([0.2, 5.0, 1e3, 1e7])
+        double = random.log_derivative(jnp.asarray(log_x), jnp.asarray(a))
+        assert double.dtype == jnp.float64
+        exact = [reference.log_derivative(x, b) for x, b in zip(log_x, a, strict=True)]
+        np.testing.assert_allclose(double, exact, rtol=2e-4)
+
+
+@pytest.mark.parametrize("a", [1e-4, 1e-2, 0.5, 1.0, 30.0, 1e4, 1e10])
+def test_draws_have_the_gamma_distribution(a):
+    log_x = np.asarray(random.loggamma(11, jnp.full(20_000, a, jnp.float32)), np.float64)
+    assert np.all(np.isfinite(log_x))
+    if a < 0.01:  # x underflows in float64 too; x^a / Gamma(a + 1) is F to 1e-3 there
+        uniform = np.exp(np.minimum(a * log_x - special.gammaln(a + 1), 0))
+    else:
+        uniform = special.gammainc(a, np.exp(log_x))
+    # 1.95 / sqrt(n) is the 0.1 % point. Float32 holds log x to one spacing, which at 1e10 is a
+    # fifth of its standard deviation a^-1/2; the density of log x is at most 0.4 sqrt(a).
+    rounding = 0.4 * np.sqrt(a) * np.spacing(np.float32(np.log(a))) if a > 1 else 0.0
+    assert stats.kstest(uniform, "uniform").statistic < 1.95 / np.sqrt(20_000) + rounding
+
+
+def test_mean_gradient_is_the_gradient_of_the_mean():
+    # E[x] = a, so the mean of dx/da is 1: a check that needs no formula for dx/da.
+    for a in (0.05, 0.7, 20.0):
+        concentration = jnp.full(100_000, a, jnp.float32)
+        grad = jax.grad(lambda c: jnp.sum(jnp.exp(random.loggamma(5, c))))(concentration)
+        error = np.std(grad) / np.sqrt(grad.size)
+        assert abs(np.mean(grad) - 1) < 5 * error
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_draws_are_threefry_for_keys_of_any_kind(impl):
+    a = jnp.ones(3)
+    key = jax.random.key(7, impl=impl)
+    draws = random.loggamma(key, a)
+    chex.assert_trees_all_equal(draws, random.loggamma(jax.random.key_data(key), a))
+    other = random.loggamma(jax.random.key(8, impl=impl), a)
+    assert not np.any(draws == other)
+    assert random.threefry_key(key).dtype == jax.random.key(0, impl="threefry2x32").dtype
+
+
+def test_int_key_ignores_the_default_implementation():
+    a = jnp.ones(3)
+    draws = random.loggamma(7, a)
+    with jax.default_prng_impl("rbg"):
+        chex.assert_trees_all_equal(draws, random.loggamma(7, a))
+
+
+def test_loggamma_keeps_shape_and_dtype_under_jit_and_vmap():
+    a = jnp.ones((2, 3), jnp.bfloat16)
+    assert random.loggamma(0, a).dtype == jnp.bfloat16
+    keys = jax.random.split(jax.random.key(0), 4)
+    draws = jax.jit(jax.vmap(random.loggamma, in_axes=(0, None)))(keys, jnp.ones((2, 3)))
+    chex.assert_shape(draws, (4, 2, 3))
+    assert len(np.unique(draws)) == draws.size
+    chex.assert_shape(random.loggamma(0, jnp.ones((0,))), (0,))
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "call"),
+    [
+        (ValueError, "method must be 'jax', got 'exact'", lambda: random.loggamma(0, jnp.ones(2), method="exact")),
+        (TypeError, "a must have a floating dtype, got int32", lambda: random.loggamma(0, jnp.arange(3))),
+        (ValueError, r"key must be an int in \[0, 2\*\*32\), got -1", lambda: random.loggamma(-1, jnp.ones(2))),
+        (TypeError, "key must be an int or a JAX key, got 'a'", lambda: random.loggamma("a", jnp.ones(2))),
+        (TypeError, "key must be an int or a JAX key, got True", lambda: random.loggamma(True, jnp.ones(2))),
+        (ValueError, "key must be one key", lambda: random.loggamma(jax.random.split(jax.random.key(0)), jnp.ones(2))),
+    ],
+)  # fmt: skip
+def test_bad_arguments(error, match, call):
+    with pytest.raises(error, match=match):
+        call()

@@ -1,0 +1,164 @@
+"""Both optimizers against the slow references, step by step, on shared draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import dartax
+from dartax import random
+
+STEPS = 50
+SHAPES = {"a": (3,), "b": (2, 2), "c": (4,)}
+CURVATURE = {"a": 0.05, "b": 1.0, "c": 4.0}
+
+
+def problem(seed=0):
+    """Noisy gradients of an asymmetric quadratic, as functions of the parameters."""
+    rng = np.random.default_rng(seed)
+    params = {name: rng.normal(1.0, 0.5, shape) for name, shape in SHAPES.items()}
+    noise = [
+        {name: 0.3 * rng.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(STEPS)
+    ]
+    gradients = [
+        lambda p, n=n: {name: CURVATURE[name] * p[name] + n[name] for name in SHAPES} for n in noise
+    ]
+    return params, noise, gradients
+
+
+def shared_draws(key):
+    """The draws of the transform, for the concentrations of the reference."""
+
+    def draw(t, concentration):
+        step_key = jax.random.fold_in(random.threefry_key(key), t)
+        return np.asarray(random.loggamma(step_key, jnp.asarray(concentration, jnp.float32)), float)
+
+    return draw
+
+
+def dartax_trajectory(optimizer, params, noise):
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, state, n):
+        grads = {name: CURVATURE[name] * params[name] + n[name] for name in params}
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for n in noise:
+        params, state = step(params, state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), n))
+        found = optax.tree.get(state, "concentration"), optax.tree.get(state, "last_rates")
+        yield params, *found
+
+
+def assert_equal_trajectories(got, expected):
+    moved = 0.0
+    first = None
+    for (p, a, r), (p_ref, a_ref, r_ref) in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, a_ref, rtol=1e-3)
+        np.testing.assert_allclose(r, r_ref, rtol=1e-3)
+        for name in SHAPES:
+            np.testing.assert_allclose(p[name], p_ref[name], rtol=1e-3, atol=1e-4)
+        first = a_ref if first is None else first
+        moved = np.max(np.abs(a_ref / first - 1))
+    assert moved > 0.05, "the concentrations have to move for this test to mean anything"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": 0.05},
+        {"eta": 0.05, "alpha": 2.0, "betas": (0.8, 0.95), "lr_min": 0.01, "lr_max": 0.3},
+        {"eta": 0.05, "weight_decay": 0.1},
+    ],
+)
+def test_paper_dart_follows_the_reference(options):
+    params, noise, gradients = problem()
+    got = dartax_trajectory(dartax.paper_dart(key=5, **options), params, noise)
+    expected = reference.paper_dart(params, gradients, reference.sgd(), shared_draws(5), **options)
+    assert_equal_trajectories(got, expected)
+
+
+def test_paper_dart_with_adam_directions_follows_the_reference():
+    from dartax._paper_dart import paper_rule
+    from dartax._transform import scale_by_dirichlet
+
+    params, noise, gradients = problem(1)
+    transform = scale_by_dirichlet(
+        paper_rule(1.0, 0.1 - 1e-6, 0.05, (0.9, 0.999), 1e-8),
+        optax.scale_by_adam(),
+        learning_rate=1.0,
+        min_rate=1e-6,
+        max_rate=0.1,
+        horizon=0.0,
+        blocks=None,
+        key=2,
+        direction_dtype="float32",
+    )
+    got = dartax_trajectory(optax.chain(transform, optax.scale(-1.0)), params, noise)
+    expected = reference.paper_dart(params, gradients, reference.adam(), shared_draws(2), eta=0.05)
+    assert_equal_trajectories(got, expected)
+
+
+@pytest.mark.parametrize("direction", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"horizon": 0.0, "init_rate": 1e-3},
+        {"weight_decay": 0.1, "min_rate": 1e-4, "max_rate": 0.5, "init_rate": 1e-2},
+    ],
+)
+def test_dart_follows_the_reference(direction, options):
+    params, noise, gradients = problem(2)
+    options = {"allocation_step": 0.02, **options}
+    decay = lambda t: 1.0 - t / 60.0  # noqa: E731
+    optimizer = dartax.dart(
+        optax.linear_schedule(1.0, 0.0, 60),
+        inner=None if direction == "adam" else optax.identity(),
+        key=9,
+        direction_dtype="float32",
+        **options,
+    )
+    got = dartax_trajectory(optimizer, params, noise)
+    expected = reference.dart(
+        params,
+        gradients,
+        getattr(reference, direction)(),
+        shared_draws(9),
+        multiplier=decay,
+        **options,
+    )
+    assert_equal_trajectories(got, expected)
+
+
+def test_shared_blocks_follow_the_reference():
+    params, noise, gradients = problem(3)
+    optimizer = dartax.dart(
+        blocks={"a": "outer", "b": "inner", "c": "outer"},
+        init_rate=1e-3,
+        direction_dtype="float32",
+    )
+    got = dartax_trajectory(optimizer, params, noise)
+    expected = reference.dart(
+        params,
+        gradients,
+        reference.adam(),
+        shared_draws(0),
+        init_rate=1e-3,
+        labels={"a": 0, "b": 1, "c": 0},
+    )
+    assert_equal_trajectories(got, expected)
+
+
+def test_bfloat16_memory_stays_near_float32():
+    params, noise, _ = problem(4)
+    exact, rounded = (
+        list(dartax_trajectory(dartax.dart(init_rate=1e-3, direction_dtype=d), params, noise))
+        for d in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(rounded[-1][1], exact[-1][1], rtol=0.05)
+    assert np.any(rounded[-1][1] != exact[-1][1])
