@@ -2,22 +2,26 @@
 
 The published DART (``_paper_dart.py``) shares a fixed budget out. Here the Dirichlet has one
 more component, the slack, which no block spends, so that the total is learned too. With
-a = log concentration, l' = d log gamma / da, w_i = pi_i / sum_{j<=K} pi_j and h_i = dL/drate_i:
+a = log concentration, l' = d log gamma / da, w_i = pi_i / sum_{j<=K} pi_j and
+h_i = dL/dlog pi_i over the steps inside the horizon:
 
-    allocation   A_i = l'_i * w_i * (h_i - sum_j w_j h_j)         who gets the budget
-    scale        S   = -l'_0 * pi_0 * sum_j pi_j h_j              how much is spent
+    allocation   A_i = l'_i * (h_i - w_i * sum_j h_j)         who gets the budget
+    scale        S   = -l'_0 * pi_0 * sum_j h_j               how much is spent
 
 each through its own Adam normalizer,
 
-    a_i <- a_i - allocation_step * (A_hat_i - mean_j A_hat_j),    A_hat = m_A / sqrt(v_A)
-    a_0 <- a_0 - min(0.1, 20 / t) * clip(min(s, S_long), 0, 1) + 0.1 * clip(-4 s - 3, 0, 1)
+    a_i <- a_i - allocation_step * (A_hat_i - mean_j A_hat_j),      A_hat = m_A / sqrt(v_A)
+    a_0 <- a_0 - min(0.05, 20 / t) * clip(min(s, s_long) + 0.3, 0, 1) + 0.05 * clip(-4 s - 3, 0, 1)
 
-with s = m_S / sqrt(v_S), and S_long the same over a longer window. The first term is a
-ratchet: the slack shrinks while both windows agree, and never grows because they ask for it.
-On a noisy objective the hypergradient always ends up asking for smaller rates (short-horizon
-bias, Wu et al., 2018, `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_); annealing is the
-schedule's job. The second term is the retreat from a rate that diverges: only there does one
-gradient after the other oppose the steps before it, which brings s near -1 and below.
+with s = m_S / sqrt(v_S), and s_long the same over a longer window: s is near 1 where every
+step so far should have been longer, near -1 where every step should have been shorter.
+
+The first term grows the rates, and not only up to s = 0: there the steep directions ask for less
+already while the flat ones still ask for more, and the decay of the schedule serves the steep ones
+later. For the same reason the rates never shrink because s is a little below 0: on a noisy
+objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2018,
+`arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), the less so the longer its horizon. The
+second term is the retreat from rates that are clearly too high, or diverge.
 """
 
 from typing import Any
@@ -44,8 +48,11 @@ from dartax._transform import (
 # with it, and the second moment. The last is short of Adam's 0.999 because hypergradients
 # shrink by orders of magnitude as the loss falls, and would stall under their own past.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
-# The ramp: at most SCALE_STEP per update in log space, and less than RAMP / t later on.
-SCALE_STEP, RAMP = 0.1, 20.0
+# The ramp: at most SCALE_STEP per update in log space, and less than RAMP / t later on. It is
+# the warm-up too.
+SCALE_STEP, RAMP = 0.05, 20.0
+# Rates grow while s is above the first and shrink where it is below the second.
+GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
 
@@ -55,12 +62,12 @@ def allocation_gradient(draw: Draw, h: jax.Array) -> jax.Array:
     share, derivative = draw.share[:-1], draw.log_derivative[:-1]
     # Before the first draw every share is 0, and so is the gradient.
     w = share / jnp.maximum(jnp.sum(share), jnp.finfo(share.dtype).tiny)
-    return derivative * w * (h - jnp.dot(w, h))
+    return derivative * (h - w * jnp.sum(h))
 
 
 def scale_gradient(draw: Draw, h: jax.Array) -> jax.Array:
     """S: the gradient of the slack's log concentration, a scalar; positive asks for more."""
-    return -draw.log_derivative[-1] * draw.share[-1] * jnp.dot(draw.share[:-1], h)
+    return -draw.log_derivative[-1] * draw.share[-1] * jnp.sum(h)
 
 
 def dart_rule(
@@ -94,19 +101,22 @@ def dart_rule(
 
         # A component that has seen no gradient yet does not move.
         root = jnp.sqrt(debias(nu, B2, num))
-        inverse_root = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1.0), 0.0)
+        seen = root > 0
+        inverse_root = jnp.where(seen, 1 / jnp.where(seen, root, 1.0), 0.0)
         short = debias(mu, B1, num) * inverse_root
         long = debias(trend, B_TREND, num) * inverse_root
 
         allocation = -f32(allocation_step) * (short[:-1] - jnp.mean(short[:-1]))
         limit = jnp.minimum(SCALE_STEP, RAMP / f32(1 + num))
-        # Noise alone brings the short average to -0.75 at one step in 2,000.
-        grow = limit * jnp.clip(jnp.minimum(short[-1], long[-1]), 0.0, 1.0)
-        retreat = SCALE_STEP * jnp.clip(4 * -short[-1] - 3, 0.0, 1.0)
+        above = jnp.minimum(short[-1], long[-1]) - GROW_ABOVE
+        grow = limit * jnp.where(seen[-1], jnp.clip(above, 0.0, 1.0), 0.0)
+        # At full speed where s is -1.
+        below = (RETREAT_BELOW - short[-1]) / (RETREAT_BELOW + 1)
+        retreat = SCALE_STEP * jnp.clip(below, 0.0, 1.0)
         moved = concentration * jnp.exp(jnp.append(allocation, retreat - grow))
         return jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION), Moments(mu, nu, trend)
 
-    return Rule(init, learn)
+    return Rule(init, learn, of_log=True)
 
 
 def scale_by_dart(
@@ -117,7 +127,7 @@ def scale_by_dart(
     min_rate: Number = 0.0,
     max_rate: Number = 1.0,
     concentration: Number = 10.0,
-    horizon: Number = 0.99,
+    horizon: Number = 0.999,
     allocation_step: Number = 0.005,
     blocks: Blocks = None,
     key: jax.Array | int = 0,
@@ -136,12 +146,12 @@ def scale_by_dart(
         the sign. ``None`` is ``optax.scale_by_adam()``; ``optax.identity()`` is SGD.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
-        blocks. The rates only grow from there: start low.
+        blocks. Start low: the rates grow by a factor of 10 in some 50 updates.
       min_rate: Lower end of the rates, non-negative.
       max_rate: Budget: the rates of all blocks sum to at most this (above ``min_rate``).
       concentration: First concentration of every block, positive. The relative standard
         deviation of a drawn rate is about ``concentration ** -0.5``.
-      horizon: Decay, in [0, 1), of the memory of past directions that the next gradient is
+      horizon: Decay, in [0, 1), of the memory of past steps that the next gradient is
         compared with; 0 is the one-step hypergradient.
       allocation_step: Largest change of a block's log concentration at one update,
         non-negative; 0 keeps the initial allocation.
@@ -149,7 +159,7 @@ def scale_by_dart(
         label. Leaves with equal labels share a rate. One block per leaf by default.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
-      direction_dtype: Name of the dtype of the memory of past directions; ``bfloat16`` holds it
+      direction_dtype: Name of the dtype of the memory of past steps; ``bfloat16`` holds it
         in 2 bytes per parameter.
 
     Returns:
@@ -213,7 +223,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     min_rate: Number = 0.0,
     max_rate: Number = 1.0,
     concentration: Number = 10.0,
-    horizon: Number = 0.99,
+    horizon: Number = 0.999,
     allocation_step: Number = 0.005,
     weight_decay: Number = 0.0,
     mask: Any = None,

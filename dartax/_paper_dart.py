@@ -59,7 +59,7 @@ def paper_rule(
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, Moments(mu, nu, moments.hyper_trend)
 
-    return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn)
+    return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn, of_log=False)
 
 
 def paper_dart(

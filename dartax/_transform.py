@@ -10,12 +10,15 @@ With u_t the direction of the inner transform and f_t the user's schedule,
     rate_i  = min_rate + (max_rate - min_rate) * pi_i
     update  = f_t * rate_i * u_{t,i}
 
-and the gradient of the next loss with respect to the rates just used is
+and the gradient of the next loss with respect to the rates of the steps so far is
 
-    h_i = -< g_{t+1,i}, z_{t,i} >,   z_t = horizon * z_{t-1} + f_t * u_t.
+    h_i = dL_{t+1}/drate_i    = -< g_{t+1,i}, z_{t,i} >,   z_t = horizon * z_{t-1} + f_t * u_t
+    h_i = dL_{t+1}/dlog pi_i  = the same with f_t * (rate_i - min_rate) * u_t in place of f_t * u_t,
 
-horizon = 0 is the hypergradient of Baydin et al. (2018, `arXiv:1703.04782
-<https://arxiv.org/abs/1703.04782>`_).
+as if the rates of the steps inside the horizon moved together. horizon = 0 is the hypergradient
+of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form
+sums what the Dirichlet moved the parameters by: while the rates grow over decades, the tiny
+steps of the beginning do not outweigh the later ones.
 """
 
 import functools
@@ -68,10 +71,12 @@ class Rule(NamedTuple):
         belong to the blocks; a further one is budget that no block spends.
       learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, number of
         hypergradients seen with this one) to the new concentration and moments.
+      of_log: Whether the hypergradient is that of log pi, not that of the rates.
     """
 
     init: Callable[[int], jax.Array]
     learn: Callable[[jax.Array, Draw, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]]
+    of_log: bool
 
 
 class ScaleByDartState(NamedTuple):
@@ -89,8 +94,8 @@ class ScaleByDartState(NamedTuple):
       block_index: Block of every parameter leaf, int32 ``[n]``.
       concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
       moments: Moving averages of its gradient.
-      hypergradient: h, the gradient of the last loss with respect to the rates of the step
-        before it, ``[K]``.
+      hypergradient: h, the gradient of the last loss with respect to the rates of the steps
+        before it (``paper_dart``) or to their logarithms (``dart``), ``[K]``.
       last_draw: The last point of the simplex and its derivative.
       last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
         first update and for a skipped one.
@@ -163,9 +168,11 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
     return optax.add_decayed_weights(weight_decay, mask)
 
 
-def accumulate(direction: jax.Array, last: jax.Array, multiplier: Number, horizon: Number):
-    """z_t = horizon * z_{t-1} + f_t * u_t, in float32, kept in the dtype of the buffer."""
-    z = f32(horizon) * last.astype(jnp.float32) + f32(multiplier) * direction.astype(jnp.float32)
+def accumulate(
+    direction: jax.Array, weight: jax.Array, last: jax.Array, horizon: Number
+) -> jax.Array:
+    """z_t = horizon * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
+    z = f32(horizon) * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
     return z.astype(last.dtype)
 
 
@@ -250,6 +257,8 @@ def scale_by_dirichlet(
             _blocks.spread(multiplier * rates, index, direction),
         )
 
+        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
+
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
         new_state = ScaleByDartState(
@@ -267,8 +276,9 @@ def scale_by_dirichlet(
             min_rate=low,
             max_rate=high,
             last_direction=jax.tree.map(
-                functools.partial(accumulate, multiplier=multiplier, horizon=horizon),
+                functools.partial(accumulate, horizon=horizon),
                 direction,
+                _blocks.spread(weight, index, direction),
                 state.last_direction,
             ),
             inner_state=inner_state,

@@ -94,7 +94,7 @@ def paper_dart(
 
 def dart(
     params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, max_rate=1.0,
-    concentration=10.0, horizon=0.99, allocation_step=0.005, weight_decay=0.0,
+    concentration=10.0, horizon=0.999, allocation_step=0.005, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates."""
@@ -115,16 +115,16 @@ def dart(
             for name in names:
                 h[labels[name]] -= np.sum(g[name] * z[name])
             w = pi[:K] / pi[:K].sum()
-            allocation = [l[i] * w[i] * (h[i] - np.sum(w * h)) for i in range(K)]
-            grad = np.append(allocation, -l[K] * pi[K] * np.sum(pi[:K] * h))
+            allocation = [l[i] * (h[i] - w[i] * np.sum(h)) for i in range(K)]
+            grad = np.append(allocation, -l[K] * pi[K] * np.sum(h))
             m = b1 * m + (1 - b1) * grad
             trend = b_trend * trend + (1 - b_trend) * grad
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
             short, long = m / (1 - b1**t) / root, trend / (1 - b_trend**t) / root
             a[:K] = a[:K] * np.exp(-allocation_step * (short[:K] - short[:K].mean()))
-            grow = np.clip(min(short[K], long[K]), 0, 1) * min(0.1, 20.0 / (1 + t))
-            retreat = np.clip(-4 * short[K] - 3, 0, 1) * 0.1
+            grow = np.clip(min(short[K], long[K]) + 0.3, 0, 1) * min(0.05, 20.0 / (1 + t))
+            retreat = np.clip(-4 * short[K] - 3, 0, 1) * 0.05
             a[K] = a[K] * np.exp(retreat - grow)
             a = np.clip(a, 1e-4, 1e30)
         log_gamma = draw(t, a)
@@ -133,6 +133,7 @@ def dart(
         rates = multiplier(t) * (min_rate + (max_rate - min_rate) * pi[:K])
         u = direction(g)
         u = {name: u[name] + weight_decay * params[name] for name in names}
-        z = {name: horizon * z[name] + multiplier(t) * u[name] for name in names}
+        spent = rates - multiplier(t) * min_rate
+        z = {name: horizon * z[name] + spent[labels[name]] * u[name] for name in names}
         params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
         yield params, a.copy(), rates
