@@ -1,8 +1,12 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests spend their time compiling small programs, not running them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The tests spend their time compiling small programs, not running them; two devices are enough
+# to see whether arrays stay sharded.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
+)
 
 import jax
 import pytest

@@ -95,6 +95,7 @@ def test_bad_configs(tmp_path, toml, match):
     ("optimizer", "match"),
     [
         (OptimizerConfig(options={"int_rate": 1.0}), "int_rate is not an option of dart; did you mean 'init_rate'?"),
+        (OptimizerConfig(options={"blocks": 2.0}), "blocks is not an option of dart"),
         (OptimizerConfig(options={"init_rate": 2.0}), "init_rate must be below max_rate"),
         (OptimizerConfig(name="paper_dart", options={"lr_min": 1.0}), "lr_min must be below lr_max"),
         (OptimizerConfig(name="adamw", inner="lion"), "optimizer.inner must be left out under adamw"),
@@ -110,6 +111,13 @@ def test_bad_optimizer_configs(optimizer, match):
 def test_command_line_messages(capsys, tmp_path):
     assert cli.main(["train", "missing.toml"]) == 2
     assert "CONFIG must be a readable TOML file, got 'missing.toml'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert "train needs CONFIG" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    assert "--batch-size" in capsys.readouterr().out
     assert cli.main(["plot", "nowhere"]) == 2
     assert "RUN must be a run folder with a metrics.csv" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
         "overridden: dartax train CONFIG --epochs 12; dartax train CONFIG --help lists them.",
         add_help=False,
     )
-    train_parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    train_parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file of the run")
     plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     arguments, rest = parser.parse_known_args(argv)
@@ -38,7 +38,12 @@ def main(argv: list[str] | None = None) -> int:
             for path in plots.draw(arguments.run):
                 print(path)
             return 0
-        chosen = config.override(config.load(arguments.config), rest, "dartax train CONFIG")
+        prog = "dartax train CONFIG"
+        if arguments.config is None:
+            # Only to list the keys: dartax train --help.
+            config.override(config.Config(), [a for a in rest if a in ("-h", "--help")], prog)
+            parser.error("train needs CONFIG, a TOML file such as configs/digits.toml")
+        chosen = config.override(config.load(arguments.config), rest, prog)
         summary = train.train_and_evaluate(chosen)
     except (config.ConfigError, data.DataError) as error:
         print(f"dartax: {error}", file=sys.stderr)

@@ -34,6 +34,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
     return optax.cosine_decay_schedule(config.learning_rate, steps)
 
 
+def _takes_number(parameter: inspect.Parameter) -> bool:
+    """Whether an option can be a number: others cannot be written in a configuration."""
+    default_is_number = isinstance(parameter.default, int | float)
+    return default_is_number or "float" in str(parameter.annotation)
+
+
 def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of ``steps`` updates.
 
@@ -53,8 +59,8 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         )
     known = [
         name
-        for name in inspect.signature(factory).parameters
-        if name not in ("learning_rate", *arguments)
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if name not in ("learning_rate", *arguments) and _takes_number(parameter)
     ]
     for name in config.options:
         if name not in known:
