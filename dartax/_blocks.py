@@ -30,6 +30,10 @@ def check_params(params: PyTree) -> None:
             "pass the parameters of your model."
         )
     for path, leaf in leaves:
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+            raise TypeError(
+                f"params must be arrays, got {leaf!r} at '{path_name(path)}'; take it out."
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             fix = "optax.contrib.split_real_and_imaginary" if dtype.kind == "c" else "optax.masked"
@@ -94,7 +98,7 @@ def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"blocks must be a pytree of labels with the structure of params or a prefix of "
-                f"it, got {jax.tree.structure(blocks)}; jax.tree.map a label over params."
+                f"it, got {jax.tree.structure(blocks)}; None and tuples are containers, not labels."
             ) from error
     number: dict[Hashable, int] = {}
     try:
@@ -109,7 +113,7 @@ def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
 def block_dots(left: PyTree, right: PyTree, index: jax.Array, num_blocks: int) -> jax.Array:
     """Inner product of two trees over every block, accumulated in float32; ``[K]``."""
     dots = [
-        jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        jnp.sum(jnp.asarray(x).astype(jnp.float32) * y.astype(jnp.float32))
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     ]
     if not dots:

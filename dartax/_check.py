@@ -1,31 +1,37 @@
 """Argument checks: one sentence that names the argument, the constraint, the value, the fix.
 
-Only Python numbers are compared with their range. Arrays and tracers pass, so that
-``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
+Only Python and NumPy numbers are compared with their range. Scalar arrays and tracers pass, so
+that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
 """
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+
+# Of float32, in which all hyperparameters are used; NaN compares as outside.
+LARGEST = 3.4e38
 
 
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a Python or NumPy real number, whose value can be checked."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool], fix: str) -> None:
     """Checks that ``value`` is a finite real number for which ``holds`` is true."""
-    if not is_number(value):
-        if isinstance(value, jax.Array) or hasattr(value, "dtype"):
-            return
+    if is_number(value):
+        if not (-LARGEST <= value <= LARGEST and holds(value)):
+            raise ValueError(f"{name} must be {constraint}, got {value}; {fix}.")
+    elif not (
+        isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.number)
+    ):
         raise TypeError(f"{name} must be {constraint}, got {value!r}; {fix}.")
-    if not (math.isfinite(value) and holds(value)):
-        raise ValueError(f"{name} must be {constraint}, got {value}; {fix}.")
+    elif value.shape != ():
+        raise ValueError(f"{name} must be {constraint}, got shape {value.shape}; {fix}.")
 
 
 def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
@@ -68,3 +74,15 @@ def transformation(name: str, value: Any) -> None:
             f"{name} must be an optax.GradientTransformation, got {value!r}; "
             f"pass e.g. optax.scale_by_adam(), or optax.identity() for plain gradients."
         )
+
+
+def floating_dtype(name: str, value: Any) -> None:
+    """Checks a floating dtype or its name."""
+    try:
+        if jnp.issubdtype(jnp.dtype(value), jnp.floating):
+            return
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name} must be a floating dtype, got {value!r}; pass 'bfloat16' or 'float32'."
+    )

@@ -180,8 +180,9 @@ def scale_by_dart(
       ... )
       >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
-    A step with a non-finite gradient is skipped: the updates are zero, and the state keeps
-    all but its counters ``count`` and ``skipped``.
+    A step with a non-finite gradient, or one so large that its inner product with past steps
+    leaves float32, is skipped: the updates are zero, and the state keeps all but its counters
+    ``count`` and ``skipped``.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
@@ -202,6 +203,7 @@ def scale_by_dart(
     _check.number(
         "allocation_step", allocation_step, "a number in [0, 1]", lambda v: 0 <= v <= 1, "try 0.005"
     )
+    _check.floating_dtype("direction_dtype", direction_dtype)
     return scale_by_dirichlet(
         dart_rule(concentration, init_rate, min_rate, max_rate, allocation_step),
         optax.scale_by_adam() if inner is None else inner,

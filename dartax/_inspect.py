@@ -21,7 +21,7 @@ def _is_state(node: Any) -> bool:
 def _states(opt_state: PyTree) -> list[tuple[str, ScaleByDartState]]:
     """Every DART state inside ``opt_state``, with the labels of the partitions around it."""
     opt_state = getattr(opt_state, "opt_state", opt_state)  # TrainState, nnx.Optimizer
-    found = []
+    found: list[tuple[str, ScaleByDartState]] = []
     for path, node in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_state):
         if _is_state(node):
             labels = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
@@ -33,6 +33,15 @@ def _states(opt_state: PyTree) -> list[tuple[str, ScaleByDartState]]:
             "without one; pass what dartax.dart(...).init returned, or the state around it."
         )
     return found
+
+
+def _labels(states: list[tuple[str, ScaleByDartState]]) -> list[str]:
+    """A name for each of several states: its label, or its number where labels do not tell."""
+    if len(states) == 1:
+        return [""]
+    labels = [label for label, _ in states]
+    unique = "" not in labels and len(set(labels)) == len(labels)
+    return labels if unique else [str(number) for number in range(len(states))]
 
 
 def _map_arrays(state: ScaleByDartState) -> ScaleByDartState:
@@ -140,13 +149,13 @@ def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
       gradient), ``dart/multiplier`` (the user's schedule), ``dart/spent`` (mean share of
       the budget that the blocks spend, in [0, 1]), and the smallest, mean and largest over
       blocks of the rates at the last update (``dart/rate_*``) and of their means
-      (``dart/expected_rate_*``). Where ``optax.partition`` holds several DARTs, its label
-      follows: ``dart/LABEL/step``.
+      (``dart/expected_rate_*``). With several DARTs in ``opt_state`` the label of
+      ``optax.partition`` follows, or a number: ``dart/LABEL/step``, ``dart/0/step``.
     """
     states = _states(opt_state)
     result: dict[str, jax.Array] = {}
-    for label, state in states:
-        prefix = f"dart/{label}/" if len(states) > 1 else "dart/"
+    for label, (_, state) in zip(_labels(states), states, strict=True):
+        prefix = f"dart/{label}/" if label else "dart/"
         num_blocks = state.last_rates.shape[0]
         result |= {
             prefix + "step": state.count,
@@ -190,7 +199,13 @@ def describe(opt_state: PyTree, params: PyTree) -> str:
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
     tables = []
-    for label, state in _states(opt_state):
+    states = _states(opt_state)
+    for label, (_, state) in zip(_labels(states), states, strict=True):
+        if isinstance(state.count, jax.core.Tracer):
+            raise TypeError(
+                "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
+                "and metrics inside."
+            )
         own = _own_leaves(state, params)
         tables.append(_table(label, state, [paths[i] for i in own], [sizes[i] for i in own]))
     return "\n\n".join(tables)

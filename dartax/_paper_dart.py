@@ -125,8 +125,9 @@ def paper_dart(
          ``Gamma(a, 1) = a * Gamma(1, 1)`` holds only for a = 1.
       3. ``h`` is the hypergradient, known one step later; the code averages the parameters'
          gradient instead, and crashes where it does.
-      4. A step with a non-finite gradient is skipped: the updates are zero, and the state
-         keeps all but its counters ``count`` and ``skipped``.
+      4. A step with a non-finite gradient, or one so large that its square leaves float32, is
+         skipped: the updates are zero, and the state keeps all but its counters ``count`` and
+         ``skipped``.
     """
     positive = lambda v: v > 0  # noqa: E731
     _check.number("lr_min", lr_min, "a positive number", positive, "the original's is 1e-6")

@@ -83,12 +83,12 @@ class ScaleByDartState(NamedTuple):
     """State of :func:`dartax.scale_by_dart`; K blocks, C concentrations, n leaves.
 
     The structure, shapes and dtypes never change, and no array is shared with the
-    parameters. Scalars are float32 unless noted.
+    parameters or the arguments. Scalars are float32 unless noted.
 
     Attributes:
       version: Layout of this state, int32.
       count: Number of updates, int32.
-      skipped: Number of updates that were skipped for a non-finite gradient, int32.
+      skipped: Number of updates that were skipped for a non-finite gradient or schedule, int32.
       key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in.
         Raw, because serializers do not know typed keys.
       block_index: Block of every parameter leaf, int32 ``[n]``.
@@ -125,8 +125,8 @@ class ScaleByDartState(NamedTuple):
 
 
 def f32(value: Any) -> jax.Array:
-    """``value`` as a strongly typed float32 array."""
-    return jnp.asarray(value, jnp.float32)
+    """A strongly typed float32 copy of ``value``: a state that is donated must own its arrays."""
+    return jnp.array(value, jnp.float32)
 
 
 def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.Array:
@@ -183,6 +183,11 @@ def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array
     return jnp.where(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
 
 
+def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
+    return jnp.where(finite, new.astype(old.dtype) if new.dtype != old.dtype else new, old)
+
+
 def scale_by_dirichlet(
     rule: Rule,
     inner: optax.GradientTransformation,
@@ -210,7 +215,7 @@ def scale_by_dirichlet(
             version=jnp.asarray(VERSION, jnp.int32),
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
-            key=jax.random.key_data(random.threefry_key(key)),
+            key=jnp.array(jax.random.key_data(random.threefry_key(key))),
             block_index=jnp.asarray(index),
             concentration=concentration,
             moments=Moments(hyper_mu=zeros(), hyper_nu=zeros(), hyper_trend=zeros()),
@@ -225,17 +230,25 @@ def scale_by_dirichlet(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
+        if not isinstance(state, ScaleByDartState):
+            raise TypeError(
+                f"state must be a ScaleByDartState, got {type(state).__name__}; pass what init or "
+                "the last update returned, and restore checkpoints into it."
+            )
         _blocks.check_updates("updates", updates, state.last_direction)
+        updates = jax.tree.map(jnp.asarray, updates)
         gradient = extra_args.get("grad")
-        if gradient is None:
-            gradient = updates
-        else:
+        if gradient is not None:
             _blocks.check_updates("grad", gradient, state.last_direction)
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
         # 1. Finish the last gradient: how good were the rates of the last step?
-        h = -_blocks.block_dots(gradient, state.last_direction, index, num_blocks)
+        # A non-finite gradient shows in its inner product, whatever the other factor is.
+        h = -_blocks.block_dots(updates, state.last_direction, index, num_blocks)
         finite = jnp.all(jnp.isfinite(h))
+        if gradient is not None:
+            h = -_blocks.block_dots(gradient, state.last_direction, index, num_blocks)
+            finite &= jnp.all(jnp.isfinite(h))
 
         # 2. Move the concentrations. The first update has no step behind it.
         concentration, moments = rule.learn(
@@ -250,6 +263,7 @@ def scale_by_dirichlet(
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
         # 4. Scale the directions.
+        finite &= jnp.all(jnp.isfinite(multiplier * rates))
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         scaled = jax.tree.map(
             functools.partial(scale, finite=finite),
@@ -283,7 +297,7 @@ def scale_by_dirichlet(
             ),
             inner_state=inner_state,
         )
-        new_state = jax.tree.map(functools.partial(jnp.where, finite), new_state, state)
+        new_state = jax.tree.map(functools.partial(choose, finite), new_state, state)
         return scaled, new_state._replace(
             count=optax.safe_increment(state.count),
             skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),

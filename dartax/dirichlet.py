@@ -6,7 +6,8 @@ With total alpha_0 = sum_j alpha_j, over the last axis:
     mean      alpha_i / alpha_0
     variance  alpha_i (alpha_0 - alpha_i) / (alpha_0^2 (alpha_0 + 1))
 
-``concentration`` has shape ``[..., C]``, C >= 1, and is positive.
+``concentration`` has shape ``[..., C]``, C >= 1, and is positive. The log density, entropy and
+divergence subtract log-gammas: in float32 their absolute error is about 1e-7 alpha_0 log alpha_0.
 """
 
 from collections.abc import Sequence

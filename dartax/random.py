@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import digamma
 
 # Below this log x the power series of F needs three terms for 1e-6 relative.
@@ -32,10 +33,12 @@ _LARGE = 16.0
 
 def check_key(key: Any) -> None:
     """Raises unless ``key`` is what :func:`threefry_key` takes."""
-    if isinstance(key, int) and not isinstance(key, bool):
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not 0 <= key < 2**32:
             raise ValueError(f"key must be an int in [0, 2**32), got {key}; pass key=0.")
-    elif isinstance(key, bool) or not hasattr(key, "dtype"):
+    elif not isinstance(key, jax.Array | np.ndarray) or not (
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or jnp.issubdtype(key.dtype, jnp.number)
+    ):
         raise TypeError(
             f"key must be an int or a JAX key, got {key!r}; pass key=0 or jax.random.key(0)."
         )
@@ -70,8 +73,8 @@ def threefry_key(key: jax.Array | int) -> jax.Array:
       ValueError: If an int seed is out of range or an array has another shape.
     """
     check_key(key)
-    if isinstance(key, int):
-        return jax.random.key(key, impl="threefry2x32")
+    if isinstance(key, int | np.integer):
+        return jax.random.key(int(key), impl="threefry2x32")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     elif key.ndim == 0:

@@ -1,5 +1,6 @@
 """Every bad argument gets one sentence: the argument, the constraint, the value, the fix."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -40,6 +41,13 @@ def sentence(error):
         ({"horizon": -0.5}, ValueError, r"horizon must be a number in \[0, 1\), got -0.5"),
         ({"allocation_step": -1}, ValueError, "allocation_step must be .* got -1"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be a non-negative number, got -0.1"),
+        ({"init_rate": np.str_("a")}, TypeError, "init_rate must be a positive number, got"),
+        ({"init_rate": np.array("a")}, TypeError, "init_rate must be a positive number, got"),
+        ({"init_rate": np.True_}, TypeError, "init_rate must be a positive number, got"),
+        ({"horizon": jnp.ones(2)}, ValueError, r"horizon must be .* got shape \(2,\)"),
+        ({"max_rate": 10**400}, ValueError, "max_rate must be a positive number, got 1000"),
+        ({"direction_dtype": "foo"}, TypeError, "direction_dtype must be a floating dtype, got 'foo'"),
+        ({"direction_dtype": "int32"}, TypeError, "direction_dtype must be a floating dtype, got 'int32'"),
         ({"inner": "adam"}, TypeError, "inner must be an optax.GradientTransformation, got 'adam'"),
     ],
 )  # fmt: skip
@@ -79,6 +87,7 @@ def test_paper_dart_arguments(arguments, error, match):
         (None, ValueError, "params must have at least one array, got the empty tree"),
         ({"n": jnp.arange(3)}, TypeError, "params must have real floating dtypes, got int32 at 'n'"),
         ({"n": 3}, TypeError, "params must have real floating dtypes, got int32 at 'n'"),
+        ({"n": "x"}, TypeError, "params must be arrays, got 'x' at 'n'"),
         ({"z": jnp.ones(2, jnp.complex64)}, TypeError, "got complex64 at 'z'; .*split_real_and_imaginary"),
     ],
 )  # fmt: skip
@@ -119,6 +128,21 @@ def test_blocks():
     sentence(caught)
 
 
+def test_state_of_another_kind():
+    optimizer = dartax.scale_by_dart()
+    for state in (None, optax.adam(1e-3).init(PARAMS), vars):
+        with pytest.raises(TypeError, match="state must be a ScaleByDartState, got") as caught:
+            optimizer.update(PARAMS, state, PARAMS)
+        sentence(caught)
+
+
+def test_describe_inside_jit():
+    state = dartax.dart().init(PARAMS)
+    with pytest.raises(TypeError, match="must hold concrete arrays, got a tracer") as caught:
+        jax.jit(lambda state: dartax.describe(state, PARAMS))(state)
+    sentence(caught)
+
+
 def test_init_rate_above_the_share_of_a_block():
     with pytest.raises(
         ValueError, match="init_rate must be below 0.5, the mean rate when 2 blocks"
@@ -128,7 +152,15 @@ def test_init_rate_above_the_share_of_a_block():
 
 
 def test_keys():
-    for key, error in ((-1, ValueError), (2**32, ValueError), (0.5, TypeError), ("k", TypeError)):
+    keys = (
+        (-1, ValueError),
+        (2**32, ValueError),
+        (np.int64(-1), ValueError),
+        (0.5, TypeError),
+        ("k", TypeError),
+        (np.array("k"), TypeError),
+    )
+    for key, error in keys:
         with pytest.raises(error, match="key must be") as caught:
             dartax.dart(key=key)
         sentence(caught)

@@ -119,6 +119,16 @@ def test_logged_fields_have_unique_names_in_a_chain():
         assert optax.tree.get(state, name) is not None
 
 
+def test_several_darts_without_labels_are_numbered():
+    state = optax.chain(
+        optax.masked(dartax.dart(), {"dense": True, "scale": False}),
+        optax.masked(dartax.paper_dart(), {"dense": False, "scale": True}),
+    ).init(PARAMS)
+    metrics = dartax.metrics(state)
+    assert {"dart/0/step", "dart/1/step"} <= set(metrics)
+    assert "DART [1] after 0 updates" in dartax.describe(state, PARAMS)
+
+
 def test_state_without_dart():
     state = optax.adam(1e-3).init(PARAMS)
     with pytest.raises(ValueError, match=r"opt_state must hold the state of a DART transform"):

@@ -6,6 +6,7 @@ run, its seeds included, is a field.
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -78,14 +79,21 @@ class Config:
         for name, value in (("seed", self.seed), ("optimizer.key", self.optimizer.key)):
             if not 0 <= value < 2**32:
                 raise ConfigError(f"{name} must be an int in [0, 2**32), got {value}; pass 0.")
+        if not self.workdir:
+            raise ConfigError("workdir must be a folder, got ''; pass e.g. runs/a.")
+        if not 0 <= self.optimizer.learning_rate < math.inf:
+            raise ConfigError(
+                "optimizer.learning_rate must be a non-negative number, got "
+                f"{self.optimizer.learning_rate}; pass 1.0 for dart, 0.001 for adamw."
+            )
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(
                 "checkpoint_seconds must be a non-negative number, got "
                 f"{self.checkpoint_seconds}; pass 5.0."
             )
-        if any(width < 1 for width in self.model.hidden):
+        if any(not 1 <= width <= 100_000 for width in self.model.hidden):
             raise ConfigError(
-                f"model.hidden must hold widths of at least 1, got {list(self.model.hidden)}; "
+                f"model.hidden must hold widths from 1 to 100000, got {list(self.model.hidden)}; "
                 "pass [] for a linear model."
             )
 
@@ -143,14 +151,16 @@ def load(path: str | Path) -> Config:
         out of range.
     """
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"CONFIG must be a readable TOML file, got {str(path)!r} ({error.strerror}); "
             "pass e.g. configs/digits.toml."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"CONFIG must be valid TOML, got {str(path)!r}: {error}.") from error
+        raise ConfigError(
+            f"CONFIG must be valid TOML, got {str(path)!r} ({error}); mend that line."
+        ) from error
     return _from_table(table, Config)
 
 

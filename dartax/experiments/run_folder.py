@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from dartax.experiments.config import ConfigError
 
 PyTree = Any
 
@@ -32,10 +35,21 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     with path.open(newline="") as file:
         # A kill can leave a last line without its end: only whole lines count.
         lines = [line for line in file if line.endswith("\n")]
-    reader = csv.DictReader(lines)
-    for row in reader:
-        rows.append({name: float(cell) if cell else None for name, cell in row.items()})
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        try:
+            rows.append({name: float(cell) if cell else None for name, cell in row.items()})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path} must hold a number in every cell, got another at line {number} ({error}); "
+                "delete that line."
+            ) from error
     return rows
+
+
+def _step(line: str) -> float:
+    """The step of a row; infinite where the row has none."""
+    cell = line.split(",", 1)[0]
+    return int(cell) if cell.isdecimal() else math.inf
 
 
 class MetricsFile:
@@ -44,11 +58,7 @@ class MetricsFile:
     def __init__(self, path: Path, columns: list[str], last_step: int):
         """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run."""
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [
-            line
-            for line in lines[1:]
-            if line.endswith("\n") and int(line.split(",", 1)[0]) <= last_step
-        ]
+        kept = [line for line in lines[1:] if line.endswith("\n") and _step(line) <= last_step]
         write_whole(path, ",".join(columns) + "\n" + "".join(kept))
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")

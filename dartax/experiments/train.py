@@ -1,9 +1,12 @@
 """Trains a network as a configuration says, and leaves a run folder behind."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +42,33 @@ class TrainState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
+
+
+class HeldInterrupt:
+    """Ctrl-C, held back until ``raise_if_asked``.
+
+    While a checkpoint is being written it would leave tracebacks of Orbax's threads. Outside the
+    main thread, which alone gets signals, this does nothing.
+    """
+
+    def __enter__(self):
+        self._asked = False
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_):
+        self._asked = True
+
+    def raise_if_asked(self) -> None:
+        """Raises the ``KeyboardInterrupt`` that was held back."""
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 class Functions(NamedTuple):
@@ -140,17 +170,27 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
             f"batch_size must be at most the {len(dataset.train_x)} training examples, got "
             f"{config.batch_size}; lower it."
         )
-    optimizer = optimizers.build(config.optimizer, config.epochs * steps_per_epoch)
-    claim_workdir(config, workdir)
-    if (workdir / "summary.json").exists():
-        return json.loads((workdir / "summary.json").read_text())
-
+    total_steps = config.epochs * steps_per_epoch
+    if total_steps >= 2**31:
+        raise ConfigError(
+            f"epochs must make fewer than 2**31 steps, got {config.epochs} epochs of "
+            f"{steps_per_epoch}; lower it."
+        )
+    optimizer = optimizers.build(config.optimizer, total_steps)
     model = MLP(config.model.hidden, dataset.num_classes)
-    functions = compile_functions(config, model, optimizer, dataset)
     init_key = jax.random.fold_in(jax.random.key(config.seed), 0)
     params = model.init(init_key, jnp.asarray(dataset.train_x[:1]))["params"]
-    state = TrainState(params, optimizer.init(params))
+    try:
+        state = TrainState(params, optimizer.init(params))
+    except (TypeError, ValueError) as error:  # what only the parameters can tell
+        raise ConfigError(f"optimizer.options: {error}") from error
 
+    claim_workdir(config, workdir)
+    # A damaged summary is written again from the last checkpoint.
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((workdir / "summary.json").read_text())
+
+    functions = compile_functions(config, model, optimizer, dataset)
     checkpoints = Checkpoints(workdir / "checkpoints")
     step, state = checkpoints.restore_latest(state)
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
@@ -159,10 +199,13 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
 
-    bar = tqdm(
-        total=config.epochs * steps_per_epoch, initial=step, unit="step", disable=not progress
-    )
-    with bar:
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not progress)
+    with (
+        HeldInterrupt() as interrupt,
+        bar,
+        contextlib.closing(checkpoints),
+        contextlib.closing(metrics),
+    ):
         for epoch in range(step // steps_per_epoch, config.epochs):
             batches = functions.shuffle(epoch)
             for first in range(0, steps_per_epoch, config.log_steps):
@@ -175,25 +218,25 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
                 row = {name: value.item() for name, value in jax.device_get(values).items()}
                 wall = round(time.monotonic() - start, 3)
                 metrics.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
+                interrupt.raise_if_asked()
                 bar.update(last - first)
                 bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
             done = epoch + 1 == config.epochs
             if done or time.monotonic() - last_save >= config.checkpoint_seconds:
                 checkpoints.save(step, state)
                 last_save = time.monotonic()
-    checkpoints.close()
-    metrics.close()
 
     plots.draw(workdir)
+    last_row = read_metrics(workdir / "metrics.csv")[-1]
     if config.optimizer.name in ("dart", "paper_dart"):
         (workdir / "rates.txt").write_text(dartax.describe(state.opt_state, state.params) + "\n")
     summary = {
-        "test_loss": row["test_loss"],
-        "test_accuracy": row["test_accuracy"],
-        "train_loss": row["train_loss"],
+        "test_loss": last_row["test_loss"],
+        "test_accuracy": last_row["test_accuracy"],
+        "train_loss": last_row["train_loss"],
         "steps": step,
         "epochs": config.epochs,
-        "wall_s": wall,
+        "wall_s": last_row["wall_s"],
         "git_commit": git_commit(),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
