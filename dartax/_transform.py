@@ -102,8 +102,8 @@ class ScaleByDartState(NamedTuple):
       last_multiplier: f_t, the value of the user's schedule at the last update.
       min_rate: Lower end of the rates at the last update.
       max_rate: Upper end of the rates at the last update.
-      last_direction: z, the directions that the next gradient is compared with; a tree
-        like the parameters.
+      last_direction: z, the directions (``paper_dart``) or steps (``dart``) that the next
+        gradient is compared with; a tree like the parameters.
       inner_state: State of the inner transform.
     """
 
@@ -185,7 +185,8 @@ def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array
 
 def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
-    return jnp.where(finite, new.astype(old.dtype) if new.dtype != old.dtype else new, old)
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    return jnp.where(finite, new if new.dtype == old.dtype else new.astype(old.dtype), old)
 
 
 def scale_by_dirichlet(
@@ -242,8 +243,8 @@ def scale_by_dirichlet(
             _blocks.check_updates("grad", gradient, state.last_direction)
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
-        # 1. Finish the last gradient: how good were the rates of the last step?
-        # A non-finite gradient shows in its inner product, whatever the other factor is.
+        # 1. Finish the last gradient: how good were the rates so far? A non-finite gradient
+        # shows in its inner product, whatever the other factor is.
         h = -_blocks.block_dots(updates, state.last_direction, index, num_blocks)
         finite = jnp.all(jnp.isfinite(h))
         if gradient is not None:
@@ -271,10 +272,9 @@ def scale_by_dirichlet(
             _blocks.spread(multiplier * rates, index, direction),
         )
 
-        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
-
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
+        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
         new_state = ScaleByDartState(
             version=state.version,
             count=state.count,
