@@ -25,7 +25,7 @@ class ConfigError(ValueError):
 class ModelConfig:
     """The network, a multilayer perceptron with ReLU."""
 
-    hidden: tuple[int, ...] = (128, 128)
+    hidden: tuple[int, ...] = (256, 256)
     """Width of every hidden layer."""
 
 
@@ -53,7 +53,7 @@ class Config:
 
     dataset: Literal["digits", "mnist"] = "digits"
     """What to learn."""
-    epochs: int = 40
+    epochs: int = 20
     """Passes over the training data; the schedule spans them all."""
     batch_size: int = 64
     """Examples per step; a last, smaller batch of an epoch is dropped."""
