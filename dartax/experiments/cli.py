@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``dartax train`` or ``dartax plot``; returns the exit status."""
+    """Runs ``dartax train``, ``compare`` or ``plot``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="dartax", description="Learning rates as a learned Dirichlet distribution."
     )
@@ -19,6 +19,22 @@ def main(argv: list[str] | None = None) -> int:
         add_help=False,
     )
     train_parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file of the run")
+    compare_parser = commands.add_parser(
+        "compare",
+        help="compare optimizers on tasks as a TOML file says",
+        description="Runs, or resumes, the comparison that CONFIG describes, prints its table and "
+        "draws its pictures. Finished cells are kept.",
+    )
+    compare_parser.add_argument("config", metavar="CONFIG", help="TOML file of the comparison")
+    compare_parser.add_argument("--workdir", help="folder of the results")
+    compare_parser.add_argument("--seeds", type=int, help="runs of each setting")
+    compare_parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    compare_parser.add_argument(
+        "--optimizers", nargs="+", metavar="NAME", help="only these optimizers and the target"
+    )
+    compare_parser.add_argument(
+        "--redo", nargs="+", default=[], metavar="NAME", help="run these optimizers again"
+    )
     plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     arguments, rest = parser.parse_known_args(argv)
@@ -34,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     try:
+        if arguments.command == "compare":
+            return _compare(arguments)
         if arguments.command == "plot":
             for path in plots.draw(arguments.run):
                 print(path)
@@ -59,6 +77,25 @@ def main(argv: list[str] | None = None) -> int:
         f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
         f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}"
     )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """``dartax compare``."""
+    from dartax.experiments import compare, compare_plots, scores
+
+    config = compare.load(
+        arguments.config,
+        workdir=arguments.workdir,
+        seeds=arguments.seeds,
+        tasks=arguments.tasks,
+        optimizers=arguments.optimizers,
+    )
+    results = compare.run(config, redo=arguments.redo)
+    scored = scores.score(config, results)
+    print(scores.table(config, scored))
+    for path in compare_plots.draw(config, results, scored):
+        print(path)
     return 0
 
 

@@ -33,18 +33,51 @@ class ModelConfig:
 class OptimizerConfig:
     """The optimizer, its inner transform and its schedule."""
 
-    name: Literal["dart", "paper_dart", "adamw", "sgd"] = "dart"
+    name: Literal[
+        "dart",
+        "paper_dart",
+        "adamw",
+        "sgd",
+        "adabelief",
+        "cocob",
+        "d_adaptation",
+        "dowg",
+        "lion",
+        "mechanic",
+        "momo_adam",
+        "muon",
+        "prodigy",
+        "schedule_free_adamw",
+    ] = "dart"
     """Which optimizer."""
     inner: Literal["adam", "sgd", "momentum", "lion"] = "adam"
     """Direction of the step under dart; the others have their own."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay of the multiplier to 0 over the run."""
+    warmup: float = 0.0
+    """Part of the run over which the multiplier first grows from 0, in [0, 1)."""
     learning_rate: float = 1.0
     """First value of the schedule: a multiplier for dart and paper_dart, a rate for the others."""
     key: int = 0
     """Seed of the draws."""
     options: dict[str, float] = dataclasses.field(default_factory=dict)
     """Further keyword arguments of the optimizer, such as init_rate or weight_decay."""
+
+    def __post_init__(self):
+        if not 0 <= self.key < 2**32:
+            raise ConfigError(
+                f"optimizer.key must be an int in [0, 2**32), got {self.key}; pass 0."
+            )
+        if not 0 <= self.learning_rate < math.inf:
+            raise ConfigError(
+                "optimizer.learning_rate must be a non-negative number, got "
+                f"{self.learning_rate}; pass 1.0 for dart, 0.001 for adamw."
+            )
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(
+                "optimizer.warmup must be a part of the run in [0, 1), got "
+                f"{self.warmup}; pass 0.05."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +109,10 @@ class Config:
                 raise ConfigError(
                     f"{name} must be an int of at least 1, got {getattr(self, name)}; raise it."
                 )
-        for name, value in (("seed", self.seed), ("optimizer.key", self.optimizer.key)):
-            if not 0 <= value < 2**32:
-                raise ConfigError(f"{name} must be an int in [0, 2**32), got {value}; pass 0.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be an int in [0, 2**32), got {self.seed}; pass 0.")
         if not self.workdir:
             raise ConfigError("workdir must be a folder, got ''; pass e.g. runs/a.")
-        if not 0 <= self.optimizer.learning_rate < math.inf:
-            raise ConfigError(
-                "optimizer.learning_rate must be a non-negative number, got "
-                f"{self.optimizer.learning_rate}; pass 1.0 for dart, 0.001 for adamw."
-            )
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(
                 "checkpoint_seconds must be a non-negative number, got "
@@ -143,8 +170,8 @@ def _from_table(table: Any, schema: type, prefix: str = "") -> Any:
     return schema(**values)
 
 
-def load(path: str | Path) -> Config:
-    """Reads a TOML file.
+def load(path: str | Path, schema: type = Config) -> Any:
+    """Reads a TOML file as the dataclass ``schema``.
 
     Raises:
       ConfigError: If the file is missing, is not TOML, or holds an unknown key or a value
@@ -161,7 +188,7 @@ def load(path: str | Path) -> Config:
         raise ConfigError(
             f"CONFIG must be valid TOML, got {str(path)!r} ({error}); mend that line."
         ) from error
-    return _from_table(table, Config)
+    return _from_table(table, schema)
 
 
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:

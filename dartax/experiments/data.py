@@ -1,11 +1,13 @@
-"""Data sets: digits from scikit-learn, MNIST from IDX files or the network."""
+"""Data sets: generated, shipped with scikit-learn, from local files, or from the network."""
 
 import gzip
 import hashlib
 import os
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +19,29 @@ class DataError(RuntimeError):
 
 
 class Dataset(NamedTuple):
-    """Images as rows of float32 features, labels int32, split as published."""
+    """Examples and what to predict of them, split as published where they are.
+
+    Attributes:
+      train_x: float32, ``[examples, features]`` or ``[examples, height, width, channels]``.
+      train_y: ``[examples]``; int32 labels, or float32 targets of a regression.
+      test_x: Like ``train_x``, standardized by the training examples.
+      test_y: Like ``train_y``.
+      num_classes: Number of labels; 1 for a regression.
+    """
 
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
     num_classes: int
+
+
+class Text(NamedTuple):
+    """A text as int32 indices into its sorted character set, cut in two."""
+
+    train: np.ndarray
+    test: np.ndarray
+    num_symbols: int
 
 
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -34,6 +52,17 @@ MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+CIFAR_FILE = "cifar10_small.npz"
+CIFAR_ARRAYS = (
+    "uint8 arrays train_images and test_images of shape [n, 32, 32, 3] and train_labels and "
+    "test_labels of shape [n] with values from 0 to 9"
+)
 
 
 def data_dir() -> Path:
@@ -55,42 +84,125 @@ def digits() -> Dataset:
 
     x, y = load_digits(return_X_y=True)
     test = np.arange(len(x)) % 5 == 4
-    return _standardized(x[~test], y[~test], x[test], y[test])
+    return _classification(x[~test], y[~test], x[test], y[test])
 
 
 def mnist() -> Dataset:
     """MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels, in the original order."""
-    files = [_mnist_file(name) for name in MNIST_SHA256]
     train_x, train_y, test_x, test_y = (
-        _parse_idx(raw, name) for raw, name in zip(files, MNIST_SHA256, strict=True)
+        _parse_idx(_mnist_file(name), name) for name in MNIST_SHA256
     )
-    return _standardized(
+    return _classification(
         train_x.reshape(len(train_x), -1), train_y, test_x.reshape(len(test_x), -1), test_y
     )
 
 
-def _standardized(
-    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
-) -> Dataset:
-    """Ten classes; zero mean and unit variance over all training pixels, one number each."""
-    mean, std = train_x.mean(dtype=np.float64), train_x.std(dtype=np.float64)
-    return Dataset(
-        train_x=((train_x - mean) / std).astype(np.float32),
-        train_y=train_y.astype(np.int32),
-        test_x=((test_x - mean) / std).astype(np.float32),
-        test_y=test_y.astype(np.int32),
-        num_classes=10,
+def cifar10() -> Dataset:
+    """CIFAR-10, or a part of it: colour images ``[n, 32, 32, 3]`` from ``cifar10_small.npz``.
+
+    Raises:
+      DataError: If the file is missing or damaged.
+    """
+    path = data_dir() / CIFAR_FILE
+    if not path.exists():
+        raise DataError(
+            f"CIFAR-10 must be in {path.parent}, got no {CIFAR_FILE} there and no mirror has it; "
+            f"set DARTAX_DATA_DIR to a folder that holds {CIFAR_FILE} with {CIFAR_ARRAYS}."
+        )
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            train_x, train_y = archive["train_images"], archive["train_labels"]
+            test_x, test_y = archive["test_images"], archive["test_labels"]
+        as_described = all(
+            x.dtype == y.dtype == np.uint8
+            and y.ndim == 1
+            and len(y) > 0
+            and x.shape == (len(y), 32, 32, 3)
+            and y.max() < 10
+            for x, y in ((train_x, train_y), (test_x, test_y))
+        )
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+        as_described = False
+    if not as_described:
+        raise DataError(
+            f"{path} must be an npz file with {CIFAR_ARRAYS}, got {path.stat().st_size:,} bytes "
+            "of another content; delete it and fetch it again."
+        )
+    return _classification(train_x, train_y, test_x, test_y, axis=(0, 1, 2))
+
+
+def shakespeare() -> Text:
+    """Tiny Shakespeare (Karpathy, 2015): 1,115,394 characters, the last tenth for testing."""
+    name = "tinyshakespeare.txt"
+    raw = _published_file(
+        "Tiny Shakespeare", [name], SHAKESPEARE_URL, SHAKESPEARE_SHA256, needed=name
     )
+    symbols, text = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
+    train, test = np.split(text.astype(np.int32), [len(text) * 9 // 10])
+    return Text(train, test, len(symbols))
+
+
+def friedman(num_train: int = 4000, num_test: int = 2000) -> Dataset:
+    """Friedman #1 (Friedman, 1991): five of ten features matter, targets with noise."""
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(num_train + num_test, n_features=10, noise=1.0, random_state=0)
+    train_x, test_x = _standardized(x[:num_train], x[num_train:], axis=0)
+    train_y, test_y = _standardized(y[:num_train], y[num_train:])
+    return Dataset(train_x, train_y, test_x, test_y, num_classes=1)
+
+
+def _standardized(
+    train: np.ndarray, test: np.ndarray, axis: int | tuple[int, ...] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Zero mean and unit variance of the training values over ``axis``, by default over all."""
+    mean, std = train.mean(axis, dtype=np.float64), train.std(axis, dtype=np.float64)
+    return ((train - mean) / std).astype(np.float32), ((test - mean) / std).astype(np.float32)
+
+
+def _classification(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    axis: tuple[int, ...] | None = None,
+) -> Dataset:
+    """Ten classes; pixels standardized over ``axis``."""
+    train_x, test_x = _standardized(train_x, test_x, axis)
+    return Dataset(train_x, train_y.astype(np.int32), test_x, test_y.astype(np.int32), 10)
 
 
 def _mnist_file(name: str) -> bytes:
-    """The decompressed content of one MNIST file, downloaded where it is missing."""
-    folder = data_dir() / "mnist"
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            break
-    else:
-        _download(path)
+    """The decompressed content of one MNIST file."""
+    return _published_file(
+        "MNIST",
+        [f"mnist/{name}", f"mnist/{name}.gz"],
+        f"{MNIST_URL}{name}.gz",
+        MNIST_SHA256[name],
+        needed=f"mnist/{name}.gz and its three siblings",
+    )
+
+
+def _published_file(title: str, names: Sequence[str], url: str, sha256: str, needed: str) -> bytes:
+    """The decompressed content of a file, downloaded where it is missing.
+
+    Args:
+      title: What it belongs to, for messages.
+      names: Where it may be in :func:`data_dir`; the last one is what ``url`` holds.
+      url: Where to download it from.
+      sha256: Checksum of the decompressed content.
+      needed: What the folder should hold, for messages.
+    """
+    paths = [data_dir() / name for name in names]
+    path = next((path for path in paths if path.exists()), paths[-1])
+    if not path.exists():
+        try:
+            _download(url, path)
+        except (OSError, urllib.error.URLError) as error:
+            raise DataError(
+                f"{title} must be in {path.parent} or downloadable, got neither ({error}); set "
+                f"DARTAX_DATA_DIR to a folder that holds {needed}."
+            ) from error
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -98,28 +210,22 @@ def _mnist_file(name: str) -> bytes:
         raise DataError(
             f"{path} must be a whole, readable file, got: {error}; delete it and run again."
         ) from error
-    if hashlib.sha256(raw).hexdigest() != MNIST_SHA256[name]:
+    if hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
-            f"{path} must be the published MNIST file, got {len(raw):,} bytes of another "
+            f"{path} must be the published {title} file, got {len(raw):,} bytes of another "
             "content; delete it and run again."
         )
     return raw
 
 
-def _download(path: Path) -> None:
-    """Fetches ``path`` from the mirror; an interrupted download leaves no such file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(MNIST_URL + path.name, timeout=30) as response:
-            content = response.read()
-        partial = path.with_suffix(f".part{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(path)
-    except (OSError, urllib.error.URLError) as error:
-        raise DataError(
-            f"MNIST must be in {path.parent} or downloadable, got neither ({error}); set "
-            f"DARTAX_DATA_DIR to a folder that holds mnist/{path.name} and its three siblings."
-        ) from error
+def _download(url: str, path: Path) -> None:
+    """Fetches ``url``; an interrupted download leaves no file at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(url, timeout=30) as response:
+        content = response.read()
+    partial = path.with_suffix(f".part{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def _parse_idx(raw: bytes, name: str) -> np.ndarray:

@@ -1,13 +1,17 @@
 """An optax optimizer from its configuration."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import optax
 
 import dartax
+from dartax.experiments import ablations
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
+
+PyTree = Any
 
 # Directions for dart: none of them flips the sign.
 INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -17,21 +21,60 @@ INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
     "lion": optax.scale_by_lion,
 }
 
+
+def mechanic(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.01, s_init: float = 1e-6
+) -> optax.GradientTransformation:
+    """Mechanic around AdamW, whose rate is only the schedule, as its authors run it."""
+    return optax.contrib.mechanize(
+        optax.adamw(learning_rate), weight_decay=weight_decay, s_init=s_init
+    )
+
+
 FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart": dartax.dart,
     "paper_dart": dartax.paper_dart,
     "adamw": optax.adamw,
     "sgd": optax.sgd,
+    "adabelief": optax.adabelief,
+    "cocob": optax.contrib.cocob,
+    "d_adaptation": optax.contrib.dadapt_adamw,
+    "dowg": optax.contrib.dowg,
+    "lion": optax.lion,
+    "mechanic": mechanic,
+    "momo_adam": optax.contrib.momo_adam,
+    "muon": optax.contrib.muon,
+    "prodigy": optax.contrib.prodigy,
+    "schedule_free_adamw": optax.contrib.schedule_free_adamw,
+    **ablations.FACTORY,
 }
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
-    """The multiplier over ``steps`` updates."""
+def has_rates(name: str) -> bool:
+    """Whether the accessors of dartax find a state in that optimizer."""
+    return name in ("dart", "paper_dart", *ablations.FACTORY)
+
+
+def schedule(
+    config: OptimizerConfig, steps: int, peak: jax.typing.ArrayLike | None = None
+) -> optax.ScalarOrSchedule:
+    """The multiplier over ``steps`` updates; ``peak`` overrides ``config.learning_rate``."""
+    peak = config.learning_rate if peak is None else peak
+    warmup = round(config.warmup * steps)
+    # A float stays one, for the transforms that take no schedule.
+    if config.schedule == "constant" and not warmup:
+        return peak
     if config.schedule == "constant":
-        return config.learning_rate
-    if config.schedule == "linear":
-        return optax.linear_schedule(config.learning_rate, 0.0, steps)
-    return optax.cosine_decay_schedule(config.learning_rate, steps)
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, steps - warmup)
+    else:
+        after = lambda count: peak * optax.cosine_decay_schedule(1.0, steps - warmup)(count)  # noqa: E731
+    if not warmup:
+        return after
+    # The first update is not one of rate 0: it has the rate of the end of the first step.
+    before = lambda count: peak * (count + 1) / (warmup + 1)  # noqa: E731
+    return optax.join_schedules([before, after], [warmup])
 
 
 def _takes_number(parameter: inspect.Parameter) -> bool:
@@ -40,17 +83,30 @@ def _takes_number(parameter: inspect.Parameter) -> bool:
     return default_is_number or "float" in str(parameter.annotation)
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build(
+    config: OptimizerConfig,
+    steps: int,
+    *,
+    key: jax.Array | None = None,
+    overrides: Mapping[str, jax.typing.ArrayLike] | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer for a run of ``steps`` updates.
+
+    Args:
+      config: Its configuration.
+      steps: Updates that the schedule spans.
+      key: Seed of the draws in place of ``config.key``; may be traced.
+      overrides: Options in place of those of ``config``; may be traced.
 
     Raises:
       ConfigError: If an option is unknown to the optimizer or out of its range.
     """
     factory = FACTORY[config.name]
+    signature = inspect.signature(factory).parameters
     arguments: dict[str, Any] = {}
-    if config.name in ("dart", "paper_dart"):
-        arguments["key"] = config.key
-    if config.name == "dart":
+    if "key" in signature:
+        arguments["key"] = config.key if key is None else key
+    if "inner" in signature:
         arguments["inner"] = INNER[config.inner]()
     elif config.inner != OptimizerConfig.inner:
         raise ConfigError(
@@ -59,20 +115,30 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
         )
     known = [
         name
-        for name, parameter in inspect.signature(factory).parameters.items()
+        for name, parameter in signature.items()
         if name not in ("learning_rate", *arguments) and _takes_number(parameter)
     ]
-    for name in config.options:
+    options = {**config.options, **(overrides or {})}
+    peak = options.pop("learning_rate", None)
+    for name in options:
         if name not in known:
             raise ConfigError(
                 f"optimizer.options.{name} is not an option of {config.name}; "
                 f"{nearest(name, known)}"
             )
     try:
-        return factory(
-            learning_rate=schedule(config, steps),
+        optimizer = factory(
+            learning_rate=schedule(config, steps, peak),
             **arguments,
-            **config.options,
+            **options,
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer.options: {error}") from error
+    return optax.with_extra_args_support(optimizer)
+
+
+def eval_params(config: OptimizerConfig, opt_state: PyTree, params: PyTree) -> PyTree:
+    """The parameters to test: schedule-free optimizers train others than they return."""
+    if config.name == "schedule_free_adamw":
+        return optax.contrib.schedule_free_eval_params(opt_state, params)
+    return params

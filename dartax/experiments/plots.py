@@ -66,7 +66,7 @@ def _loss(ax: Axes, columns: dict[str, np.ndarray]) -> None:
 
 
 def _rates(ax: Axes, columns: dict[str, np.ndarray], blocks: list[str]) -> None:
-    for block, style in zip(blocks, _styles(len(blocks)), strict=True):
+    for block, style in zip(blocks, styles(len(blocks)), strict=True):
         mean, std = columns[f"expected_rate/{block}"], columns[f"rate_std/{block}"]
         ax.plot(columns["step"], mean, label=block, **style)
         # The lower edge stays positive, or a log axis would drop it.
@@ -79,7 +79,7 @@ def _rates(ax: Axes, columns: dict[str, np.ndarray], blocks: list[str]) -> None:
 
 
 def _concentrations(ax: Axes, columns: dict[str, np.ndarray], blocks: list[str]) -> None:
-    for block, style in zip(blocks, _styles(len(blocks)), strict=True):
+    for block, style in zip(blocks, styles(len(blocks)), strict=True):
         ax.plot(columns["step"], columns[f"concentration/{block}"], label=block, **style)
     ax.set_title("concentration of every block")
     ax.set_ylabel("concentration")
@@ -87,7 +87,7 @@ def _concentrations(ax: Axes, columns: dict[str, np.ndarray], blocks: list[str])
     _legend(ax, len(blocks))
 
 
-def _styles(num: int) -> list[dict]:
+def styles(num: int) -> list[dict]:
     """A colour a block, each line thinner than the one below it: equal ones stay visible."""
     if num <= 10:
         colors = [matplotlib.colormaps["tab10"](i) for i in range(num)]

@@ -1,8 +1,10 @@
 """What a run leaves behind: metrics, summary, checkpoints, each whole or absent."""
 
 import csv
+import importlib.metadata
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,3 +107,31 @@ class Checkpoints:
         """Waits for the last write."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def git_commit() -> str | None:
+    """The commit that dartax was imported from, with -dirty after local changes.
+
+    ``None`` for an installed copy, also where it lies inside the repository of something else.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    packages = ("dartax", "jax", "jaxlib", "optax", "flax", "numpy")
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +20,14 @@ from dartax.experiments import config as config_lib
 from dartax.experiments import data, optimizers, plots
 from dartax.experiments.config import Config, ConfigError
 from dartax.experiments.models import MLP
-from dartax.experiments.run_folder import Checkpoints, MetricsFile, read_metrics, write_json
+from dartax.experiments.run_folder import (
+    Checkpoints,
+    MetricsFile,
+    git_commit,
+    read_metrics,
+    versions,
+    write_json,
+)
 
 PyTree = Any
 
@@ -76,7 +81,7 @@ class Functions(NamedTuple):
 
     shuffle: Callable[[int], jax.Array]
     interval: Callable[..., tuple[TrainState, jax.Array]]
-    evaluate: Callable[[PyTree], tuple[jax.Array, jax.Array]]
+    evaluate: Callable[[TrainState], tuple[jax.Array, jax.Array]]
     rates: Callable[[TrainState], dict[str, jax.Array]]
 
 
@@ -92,7 +97,10 @@ def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array
 
 
 def compile_functions(
-    config: Config, model: MLP, optimizer: optax.GradientTransformation, dataset: data.Dataset
+    config: Config,
+    model: MLP,
+    optimizer: optax.GradientTransformationExtraArgs,
+    dataset: data.Dataset,
 ) -> Functions:
     """Puts the data on the device and closes the functions of the run over it."""
     train_x, train_y = jnp.asarray(dataset.train_x), jnp.asarray(dataset.train_y)
@@ -117,14 +125,15 @@ def compile_functions(
             loss, grads = jax.value_and_grad(functools.partial(loss_fn, model))(
                 params, x[batch], y[batch]
             )
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
             return TrainState(optax.apply_updates(params, updates), opt_state), total + loss
 
         state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros([])))
         return state, total / (last - first)
 
     @jax.jit
-    def evaluate(params, x, y):
+    def evaluate(state, x, y):
+        params = optimizers.eval_params(config.optimizer, state.opt_state, state.params)
         logits: Any = model.apply({"params": params}, x)
         return cross_entropy(logits, y), jnp.mean(jnp.argmax(logits, -1) == y)
 
@@ -139,11 +148,11 @@ def compile_functions(
         row["rate"] = dartax.metrics(state.opt_state)["dart/rate_mean"]
         return row
 
-    has_rates = config.optimizer.name in ("dart", "paper_dart")
+    has_rates = optimizers.has_rates(config.optimizer.name)
     return Functions(
         shuffle=shuffle,
         interval=lambda state, *where: interval(state, train_x, train_y, *where),
-        evaluate=lambda params: evaluate(params, test_x, test_y),
+        evaluate=lambda state: evaluate(state, test_x, test_y),
         rates=rates if has_rates else lambda _: {},
     )
 
@@ -214,7 +223,7 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
                 step = epoch * steps_per_epoch + last
                 values = {"train_loss": loss, **functions.rates(state)}
                 if last == steps_per_epoch:
-                    values["test_loss"], values["test_accuracy"] = functions.evaluate(state.params)
+                    values["test_loss"], values["test_accuracy"] = functions.evaluate(state)
                 row = {name: value.item() for name, value in jax.device_get(values).items()}
                 wall = round(time.monotonic() - start, 3)
                 metrics.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
@@ -228,7 +237,7 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
 
     plots.draw(workdir)
     last_row = read_metrics(workdir / "metrics.csv")[-1]
-    if config.optimizer.name in ("dart", "paper_dart"):
+    if optimizers.has_rates(config.optimizer.name):
         (workdir / "rates.txt").write_text(dartax.describe(state.opt_state, state.params) + "\n")
     summary = {
         "test_loss": last_row["test_loss"],
@@ -268,31 +277,3 @@ def claim_workdir(config: Config, workdir: Path) -> None:
                 f"workdir must be free or hold this same run, got {str(workdir)!r} with another "
                 f"({'; '.join(changed)}); pass another --workdir or delete that folder."
             )
-
-
-def git_commit() -> str | None:
-    """The commit that dartax was imported from, with -dirty after local changes.
-
-    ``None`` for an installed copy, also where it lies inside the repository of something else.
-    """
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    packages = ("dartax", "jax", "jaxlib", "optax", "flax", "numpy")
-    return {name: importlib.metadata.version(name) for name in packages}

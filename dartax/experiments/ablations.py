@@ -1,0 +1,3 @@
+"""Variants of ``dart``."""
+
+FACTORY = {}

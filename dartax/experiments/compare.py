@@ -1,0 +1,383 @@
+"""Runs a comparison: every optimizer on every task, over seeds, and keeps what it finds.
+
+A cell is one optimizer on one task. Its runs (every seed with every value of a swept option) are
+vmapped in equal groups, so that one compilation serves them all. A finished cell goes into the
+JSON file of its task at once; a cell that is there already, under the same configuration, is kept.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import dartax
+from dartax.experiments import config as config_lib
+from dartax.experiments import optimizers, tasks
+from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
+from dartax.experiments.run_folder import git_commit, versions, write_whole
+from dartax.experiments.tasks import TaskConfig
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class EntrantConfig(OptimizerConfig):
+    """An optimizer in a comparison: its configuration, and what is asked of it."""
+
+    role: Literal["dart", "tuned", "peer", "reference", "basin", "ablation"] = "peer"
+    """What it is there for: ``dart`` with its defaults; a ``tuned`` baseline, of which only the
+    best rate of each task counts; a learning-rate-free ``peer``; a ``reference`` with a rate of its
+    own; the ``basin`` of losses over a first rate; an ``ablation``."""
+    sweep: str = ""
+    """The option that takes several values, such as learning_rate; none by default."""
+    values: tuple[float, ...] = ()
+    """Values of the swept option."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to run it on; all by default."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.sweep) != bool(self.values):
+            raise ConfigError(
+                f"sweep and values must be given together, got sweep={self.sweep!r} and "
+                f"values={list(self.values)}; name the option and list its values."
+            )
+        if self.role in ("tuned", "basin") and len(self.values) < 2:
+            raise ConfigError(
+                f"values must hold at least 2 numbers under role '{self.role}', got "
+                f"{list(self.values)}; list the rates to try."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """A comparison."""
+
+    workdir: str = "runs/compare"
+    """Folder of the results, one JSON file per task, and of the pictures."""
+    seeds: int = 5
+    """Runs of each setting; they differ in parameters, order of the data and draws."""
+    evaluations: int = 20
+    """Times the test loss is taken during a run."""
+    group: int = 5
+    """Runs that are vmapped together."""
+    target: str = "adamw"
+    """The tuned optimizer that the others are measured by."""
+    tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
+    """What to train, by name."""
+    optimizers: dict[str, EntrantConfig] = dataclasses.field(default_factory=dict)
+    """What to train with, by name."""
+
+    def __post_init__(self):
+        for name in ("seeds", "evaluations", "group"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} must be an int of at least 1, got {getattr(self, name)}; raise it."
+                )
+        for name in ("tasks", "optimizers"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must hold at least one, got none; add [{name}.NAME].")
+        if self.target not in self.optimizers:
+            raise ConfigError(
+                f"target must be one of the optimizers, got {self.target!r}; "
+                f"{nearest(self.target, [*self.optimizers])}"
+            )
+        for name, task in self.tasks.items():
+            if task.steps % self.evaluations:
+                raise ConfigError(
+                    f"tasks.{name}.steps must be a multiple of the {self.evaluations} evaluations, "
+                    f"got {task.steps}; pass {-(-task.steps // self.evaluations) * self.evaluations}."
+                )
+        for name, entrant in self.optimizers.items():
+            for task in entrant.tasks:
+                if task not in self.tasks:
+                    raise ConfigError(
+                        f"optimizers.{name}.tasks must name tasks of the comparison, got {task!r}; "
+                        f"{nearest(task, [*self.tasks])}"
+                    )
+
+
+def load(
+    path: str | Path,
+    *,
+    workdir: str | None = None,
+    seeds: int | None = None,
+    tasks: Sequence[str] | None = None,
+    optimizers: Sequence[str] | None = None,
+) -> CompareConfig:
+    """Reads a TOML file; arguments that are given replace a value or choose among names.
+
+    Raises:
+      ConfigError: If the file is missing or wrong, or a name is unknown.
+    """
+    config = config_lib.load(path, CompareConfig)
+    changes: dict[str, Any] = {}
+    if workdir is not None:
+        changes["workdir"] = workdir
+    if seeds is not None:
+        changes["seeds"] = seeds
+    for key, names in (("tasks", tasks), ("optimizers", optimizers)):
+        if names is None:
+            continue
+        table = getattr(config, key)
+        for name in names:
+            if name not in table:
+                raise ConfigError(
+                    f"{key} must be names of {path}, got {name!r}; {nearest(name, [*table])}"
+                )
+        kept = {*names, config.target} if key == "optimizers" else {*names}
+        changes[key] = {name: value for name, value in table.items() if name in kept}
+    if "tasks" in changes:
+        # An optimizer that was meant for other tasks alone has nothing left to run on.
+        entrants = changes.get("optimizers", config.optimizers)
+        changes["optimizers"] = {
+            name: dataclasses.replace(
+                entrant, tasks=tuple(t for t in entrant.tasks if t in changes["tasks"])
+            )
+            for name, entrant in entrants.items()
+            if not entrant.tasks or {*entrant.tasks} & {*changes["tasks"]}
+        }
+    return dataclasses.replace(config, **changes)
+
+
+def cells(config: CompareConfig) -> Iterator[tuple[str, str]]:
+    """The (task, optimizer) pairs of a comparison, the target first within each task."""
+    names = sorted(config.optimizers, key=lambda name: name != config.target)
+    for task in config.tasks:
+        for name in names:
+            if not config.optimizers[name].tasks or task in config.optimizers[name].tasks:
+                yield task, name
+
+
+def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]:
+    """All that decides the numbers of a cell, as JSON would give it back."""
+    entrant = dataclasses.asdict(config.optimizers[name])
+    for key in ("tasks", "role"):
+        del entrant[key]
+    spec = {
+        "task": dataclasses.asdict(config.tasks[task]),
+        "optimizer": entrant,
+        "seeds": config.seeds,
+        "evaluations": config.evaluations,
+    }
+    return json.loads(json.dumps(spec))
+
+
+def read_cells(workdir: Path, task: str) -> dict[str, Any]:
+    """The finished cells of a task by optimizer; none where there is no file yet."""
+    path = workdir / f"{task}.json"
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"workdir must hold results as this command writes them, got {str(path)!r} ({error}); "
+            "delete that file and run again."
+        ) from error
+    return content
+
+
+class Carry(NamedTuple):
+    """What a step changes."""
+
+    params: PyTree
+    opt_state: PyTree
+
+
+class Program(NamedTuple):
+    """The compiled functions of a cell; all take and give stacks of runs."""
+
+    init: Callable[..., tuple[Carry, PyTree]]
+    interval: Callable[..., tuple[Carry, jax.Array]]
+    evaluate: Callable[..., tuple[jax.Array, PyTree]]
+
+
+def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
+    """What a cell runs, vmapped over runs and jitted.
+
+    A run is its seed and its value of the swept option, both traced.
+    """
+
+    def optimizer(seed, value):
+        return optimizers.build(
+            entrant,
+            steps,
+            key=jax.random.fold_in(jax.random.key(seed), 2),
+            overrides={entrant.sweep: value} if entrant.sweep else {},
+        )
+
+    def init(seed, value):
+        key = jax.random.key(seed)
+        params = task.init(jax.random.fold_in(key, 0))
+        opt_state = optimizer(seed, value).init(params)
+        return Carry(params, opt_state), task.batches(jax.random.fold_in(key, 1))
+
+    def interval(carry, batches, seed, value, data):
+        def step(carry, batch):
+            loss, grads = jax.value_and_grad(task.train_loss)(carry.params, data, batch)
+            updates, opt_state = optimizer(seed, value).update(
+                grads, carry.opt_state, carry.params, value=loss
+            )
+            return Carry(optax.apply_updates(carry.params, updates), opt_state), loss
+
+        carry, losses = jax.lax.scan(step, carry, batches)
+        return carry, jnp.mean(losses)
+
+    def evaluate(carry, data):
+        params = optimizers.eval_params(entrant, carry.opt_state, carry.params)
+        rates = {}
+        if optimizers.has_rates(entrant.name):
+            tree = dartax.expected_learning_rates(carry.opt_state, carry.params)
+            for path, rate in jax.tree_util.tree_leaves_with_path(tree):
+                rates[jax.tree_util.keystr(path, simple=True, separator="/")] = rate
+        return task.test_loss(params, data), rates
+
+    return Program(
+        init=jax.jit(jax.vmap(init)),
+        interval=jax.jit(jax.vmap(interval, in_axes=(0, 0, 0, 0, None)), donate_argnums=0),
+        evaluate=jax.jit(jax.vmap(evaluate, in_axes=(0, None))),
+    )
+
+
+def run_cell(
+    config: CompareConfig, task_name: str, name: str, progress: Callable[[int], Any]
+) -> dict[str, Any]:
+    """All runs of one optimizer on one task.
+
+    Args:
+      config: The comparison.
+      task_name: Key of the task in ``config``.
+      name: Key of the optimizer in ``config``.
+      progress: Called with the number of training steps taken since the last call.
+
+    Returns:
+      What the JSON file keeps of the cell. ``test_loss`` and ``train_loss`` are lists
+      ``[values][seeds][evaluations]``; a loss that is not finite is ``None``.
+    """
+    entrant, task_config = config.optimizers[name], config.tasks[task_name]
+    task = tasks.build(task_config)
+    runs = [(v, s) for v in entrant.values or (math.nan,) for s in range(config.seeds)]
+    group, steps = min(config.group, len(runs)), task_config.steps // config.evaluations
+    # The last group is filled up, or it would compile again.
+    groups = [
+        [runs[min(first + i, len(runs) - 1)] for i in range(group)]
+        for first in range(0, len(runs), group)
+    ]
+    functions = program(task, entrant, task_config.steps)
+
+    losses, rates, compile_s = [], [], 0.0
+    start = time.monotonic()
+    for number, chosen in enumerate(groups):
+        value, seed = (jnp.asarray(column) for column in zip(*chosen, strict=True))
+        carry, batches = functions.init(seed, value)
+        points = []
+        for point in range(config.evaluations):
+            first = point * steps
+            window = jax.tree.map(lambda b: b[:, first : first + steps], batches)  # noqa: B023
+            if number == point == 0:
+                interval = functions.interval.lower(carry, window, seed, value, task.data).compile()
+                evaluate = functions.evaluate.lower(carry, task.data).compile()
+                compile_s, start = time.monotonic() - start, time.monotonic()
+            carry, train_loss = interval(carry, window, seed, value, task.data)
+            points.append((*evaluate(carry, task.data), train_loss))
+            progress(steps * len(set(chosen)))
+        points = jax.device_get(points)
+        for i in range(len(set(chosen))):
+            losses.append([(float(test[i]), float(train[i])) for test, _, train in points])
+            rates.append([{block: float(rate[i]) for block, rate in p[1].items()} for p in points])
+
+    curves = np.reshape(losses, (-1, config.seeds, config.evaluations, 2))
+    cell = {
+        "specification": specification(config, task_name, name),
+        "metric": task.metric,
+        "test_loss": rounded(curves[..., 0]),
+        "train_loss": rounded(curves[..., 1]),
+        "seconds_per_run": round((time.monotonic() - start) / (len(groups) * group), 3),
+        "compile_seconds": round(compile_s, 2),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    if rates[0][0]:
+        # Of the first value of a sweep, as geometric means over the seeds.
+        chosen = rates[: config.seeds]
+        cell["rates"] = {
+            block: rounded(
+                np.exp(np.mean([[np.log(p[block] or np.nan) for p in run] for run in chosen], 0))
+            )
+            for block in rates[0][0]
+        }
+    return cell
+
+
+def rounded(array: np.ndarray) -> Any:
+    """Nested lists of five significant digits; ``None`` where a number is not finite."""
+    if np.ndim(array) == 0:
+        return float(f"{array:.5g}") if np.isfinite(array) else None
+    return [rounded(row) for row in array]
+
+
+def write_cells(workdir: Path, task: str, content: Mapping[str, Any]) -> None:
+    """Writes the cells of a task, one on a line, so that a difference is readable."""
+    lines = [f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in sorted(content.items())]
+    write_whole(workdir / f"{task}.json", "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def run(
+    config: CompareConfig, *, redo: Sequence[str] = (), progress: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Runs what is missing of a comparison.
+
+    Args:
+      config: The comparison.
+      redo: Optimizers whose finished cells do not count.
+      progress: Whether to draw a progress bar.
+
+    Returns:
+      All cells of the comparison, by task and optimizer.
+
+    Raises:
+      ConfigError: If an optimizer cannot be made, or the folder holds something else.
+      DataError: If the data are missing or damaged.
+    """
+    workdir = Path(config.workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    found = {task: read_cells(workdir, task) for task in config.tasks}
+    missing = [
+        (task, name)
+        for task, name in cells(config)
+        if name in redo
+        or found[task].get(name, {}).get("specification") != specification(config, task, name)
+    ]
+    for name in {name for _, name in missing}:
+        # A mistake in an option shows before the first hour, not after it.
+        entrant = config.optimizers[name]
+        overrides = {entrant.sweep: entrant.values[0]} if entrant.sweep else {}
+        optimizers.build(entrant, steps=1, overrides=overrides)
+
+    total = sum(
+        config.tasks[task].steps * config.seeds * max(len(config.optimizers[name].values), 1)
+        for task, name in missing
+    )
+    with tqdm(total=total, unit="step", unit_scale=True, disable=not progress) as bar:
+        for task, name in missing:
+            bar.set_description(f"{task}, {name}")
+            found[task][name] = run_cell(config, task, name, bar.update)
+            write_cells(workdir, task, found[task])
+    wanted = set(cells(config))
+    return {
+        task: {name: cell for name, cell in content.items() if (task, name) in wanted}
+        for task, content in found.items()
+    }

@@ -1,0 +1,231 @@
+"""What the cells of a comparison say: ratios of losses, steps to a target, profiles, basins."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dartax.experiments.compare import CompareConfig
+
+Cells = Mapping[str, Mapping[str, Any]]
+
+# Profiles are drawn, and their area taken, up to this many times the fewest steps.
+MAX_TAU = 4.0
+# A rate is inside the basin where the loss is at most this many times the best one.
+BASIN = 1.01
+
+
+def losses(cell: Mapping[str, Any], kind: str = "test_loss") -> np.ndarray:
+    """Loss curves ``[values, seeds, evaluations]``; infinite where a run has diverged."""
+    array = np.array(cell[kind], float)  # None becomes NaN
+    return np.where(np.isfinite(array), array, np.inf)
+
+
+def counted(config: CompareConfig, name: str, cell: Mapping[str, Any]) -> int:
+    """Index of the swept value that counts: of a tuned optimizer the one with the least loss."""
+    if config.optimizers[name].role != "tuned":
+        return 0
+    return int(np.argmin(losses(cell)[..., -1].mean(-1)))
+
+
+def steps_to(curve: np.ndarray, target: float) -> float:
+    """Evaluations until a loss curve first is at most ``target``; infinite where it never is.
+
+    Between two evaluations the logarithm of the loss is taken as linear. The first evaluation
+    has nothing before it, and counts in full.
+    """
+    reached = np.flatnonzero(curve <= target)
+    if not len(reached):
+        return np.inf
+    last = int(reached[0])
+    if last == 0 or not np.isfinite(curve[last - 1]) or curve[last] <= 0:
+        return last + 1.0
+    before, after = np.log(curve[last - 1]), np.log(curve[last])
+    return float(last + (before - np.log(target)) / (before - after))
+
+
+def width(values: Sequence[float], mean_loss: np.ndarray) -> float:
+    """Decades of rates around the best one whose mean loss is within 1 % of the best.
+
+    Between two rates the loss is taken as linear in the logarithm of the rate. The basin ends
+    where the swept values end.
+    """
+    x, y = np.log10(values), np.asarray(mean_loss) / np.min(mean_loss)
+    best = int(np.argmin(y))
+    edges = []
+    for direction in (-1, 1):
+        at = best
+        while 0 <= at + direction < len(x) and y[at + direction] <= BASIN:
+            at += direction
+        edge = x[at]
+        beyond = at + direction
+        if 0 <= beyond < len(x) and np.isfinite(y[beyond]):
+            edge += (x[beyond] - x[at]) * (BASIN - y[at]) / (y[beyond] - y[at])
+        edges.append(edge)
+    return float(edges[1] - edges[0])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Geometric mean; NaN of nothing."""
+    return float(np.exp(np.mean(np.log(values)))) if len(values) else np.nan
+
+
+def profile(steps: np.ndarray, taus: np.ndarray) -> np.ndarray:
+    """Performance profiles (Dolan and More, 2002; as in AlgoPerf).
+
+    Args:
+      steps: Steps to the target, ``[optimizers, tasks]``, infinite where it is not reached.
+      taus: Multiples of the fewest steps of any optimizer on the task, ``[n]``.
+
+    Returns:
+      The part of the tasks that each optimizer solves within tau, ``[optimizers, n]``.
+    """
+    fewest = np.min(steps, axis=0)
+    ratio = np.where(np.isfinite(steps), steps, np.inf) / np.where(np.isfinite(fewest), fewest, 1.0)
+    return (ratio[:, :, None] <= taus).mean(1)
+
+
+def score(config: CompareConfig, results: Cells) -> dict[str, Any]:
+    """Everything that the table and the pictures show.
+
+    Args:
+      config: The comparison.
+      results: Its finished cells by task and optimizer; some may be missing.
+
+    Returns:
+      ``cells`` by task and optimizer, ``optimizers`` with what is taken over tasks, ``profile``,
+      and ``best_peer``: the target role against the best peer of each task.
+    """
+    scored: dict[str, dict[str, Any]] = {task: {} for task in config.tasks}
+    for task, found in results.items():
+        if config.target not in found:
+            continue
+        target_cell = found[config.target]
+        target = losses(target_cell)[counted(config, config.target, target_cell), :, -1].mean()
+        for name, cell in found.items():
+            scored[task][name] = _score_cell(config, task, name, cell, target)
+
+    optimizers = {}
+    for name in config.optimizers:
+        own = [scored[task][name] for task in scored if name in scored[task]]
+        if own:
+            optimizers[name] = {
+                "role": config.optimizers[name].role,
+                "tasks": len(own),
+                "ratio": geometric_mean([cell["ratio"] for cell in own]),
+                "worst_ratio": max(cell["ratio"] for cell in own),
+                "diverged": sum(cell["diverged"] for cell in own),
+                "seconds": sum(cell["seconds"] for cell in own),
+            }
+    return {
+        "cells": scored,
+        "optimizers": optimizers,
+        "profile": _profile(config, scored, optimizers),
+        "best_peer": _best_peer(config, scored),
+    }
+
+
+def _score_cell(
+    config: CompareConfig, task: str, name: str, cell: Mapping[str, Any], target: float
+) -> dict[str, Any]:
+    entrant = config.optimizers[name]
+    curves = losses(cell)
+    index = counted(config, name, cell)
+    final = curves[index, :, -1]
+    finite = np.all(np.isfinite(final))
+    every = config.tasks[task].steps / config.evaluations
+    result = {
+        "mean": float(final.mean()),
+        "standard_error": float(final.std(ddof=1) / np.sqrt(len(final)))
+        if finite and len(final) > 1
+        else np.nan,
+        "ratio": float(final.mean() / target),
+        "steps": every * float(np.median([steps_to(curve, target) for curve in curves[index]])),
+        "seconds": cell["seconds_per_run"],
+        # A loss above that of the first evaluation counts as diverged as well.
+        "diverged": int(np.sum(~(final <= curves[index, :, 0] * 1.5))),
+    }
+    if entrant.values:
+        result["values"] = list(entrant.values)
+        result["means"] = curves[..., -1].mean(-1).tolist()
+        result["value"] = entrant.values[index]
+        result["width"] = width(entrant.values, curves[..., -1].mean(-1))
+        if entrant.role == "basin":
+            result["diverged"] = int(np.sum(~np.isfinite(curves[..., -1])))
+    return result
+
+
+def _profile(config: CompareConfig, scored: Cells, optimizers: Mapping[str, Any]) -> dict[str, Any]:
+    """Profiles of all that ran every task, but for basins and ablations."""
+    tasks = [task for task in scored if scored[task]]
+    names = [
+        name
+        for name in optimizers
+        if config.optimizers[name].role not in ("basin", "ablation")
+        and all(name in scored[task] for task in tasks)
+    ]
+    taus = np.linspace(1, MAX_TAU, 301)
+    if not names:
+        return {"taus": taus, "parts": {}, "areas": {}}
+    parts = profile(
+        np.array([[scored[task][name]["steps"] for task in tasks] for name in names]), taus
+    )
+    areas = np.trapezoid(parts, taus, axis=1) / (MAX_TAU - 1)
+    return {
+        "taus": taus,
+        "parts": dict(zip(names, parts, strict=True)),
+        "areas": dict(zip(names, areas.tolist(), strict=True)),
+    }
+
+
+def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
+    """For each task the best peer, and the loss of the ``dart`` entrant over its loss."""
+    dart = [name for name, entrant in config.optimizers.items() if entrant.role == "dart"]
+    peers = [name for name, entrant in config.optimizers.items() if entrant.role == "peer"]
+    best = {}
+    for task, cells in scored.items():
+        present = [name for name in peers if name in cells]
+        if dart and dart[0] in cells and present:
+            name = min(present, key=lambda n: cells[n]["mean"])
+            ratio = cells[dart[0]]["mean"] / cells[name]["mean"]
+            best[task] = {"optimizer": name, "ratio": ratio}
+    return {"tasks": best, "ratio": geometric_mean([b["ratio"] for b in best.values()])}
+
+
+def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
+    """Test losses over that of the target on every task, as text for a terminal."""
+    tasks = [task for task in config.tasks if scores["cells"][task]]
+    widths = [max(len(task), 7) for task in tasks]
+    first = max(len("optimizer"), *(len(name) for name in config.optimizers))
+    head = "  ".join(task.rjust(w) for task, w in zip(tasks, widths, strict=True))
+    lines = [f"{'optimizer':{first}}  {head}  geo.mean  worst   area  diverged"]
+    losses_of_target = "  ".join(
+        f"{scores['cells'][task][config.target]['mean']:{w}.4g}"
+        for task, w in zip(tasks, widths, strict=True)
+    )
+    lines.append(f"{'loss of ' + config.target:{first}}  {losses_of_target}")
+    for role in ("dart", "tuned", "peer", "reference", "ablation", "basin"):
+        chosen = [n for n, o in scores["optimizers"].items() if o["role"] == role]
+        for name in sorted(chosen, key=lambda n: scores["optimizers"][n]["ratio"]):
+            overall = scores["optimizers"][name]
+            row = "  ".join(
+                f"{scores['cells'][task][name]['ratio']:{w}.3f}"
+                if name in scores["cells"][task]
+                else " " * w
+                for task, w in zip(tasks, widths, strict=True)
+            )
+            area = scores["profile"]["areas"].get(name)
+            lines.append(
+                f"{name:{first}}  {row}  {overall['ratio']:8.3f}  {overall['worst_ratio']:5.3f}"
+                f"  {'' if area is None else format(area, '.2f'):>5}  {overall['diverged']:8d}"
+            )
+    if scores["best_peer"]["tasks"]:
+        lines.append(
+            f"dart over the best peer of each task: {scores['best_peer']['ratio']:.3f} ("
+            + ", ".join(
+                f"{task} {b['ratio']:.3f} {b['optimizer']}"
+                for task, b in scores["best_peer"]["tasks"].items()
+            )
+            + ")"
+        )
+    return "\n".join(lines)
