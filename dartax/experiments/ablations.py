@@ -1,3 +1,7 @@
-"""Variants of ``dart``."""
+"""Variants of ``dart``, each without one of its parts."""
 
-FACTORY = {}
+from collections.abc import Callable
+
+import optax
+
+FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {}

@@ -94,16 +94,17 @@ class CompareConfig:
             )
         for name, task in self.tasks.items():
             if task.steps % self.evaluations:
+                fitting = -(-task.steps // self.evaluations) * self.evaluations
                 raise ConfigError(
                     f"tasks.{name}.steps must be a multiple of the {self.evaluations} evaluations, "
-                    f"got {task.steps}; pass {-(-task.steps // self.evaluations) * self.evaluations}."
+                    f"got {task.steps}; pass {fitting}."
                 )
         for name, entrant in self.optimizers.items():
-            for task in entrant.tasks:
-                if task not in self.tasks:
+            for chosen in entrant.tasks:
+                if chosen not in self.tasks:
                     raise ConfigError(
-                        f"optimizers.{name}.tasks must name tasks of the comparison, got {task!r}; "
-                        f"{nearest(task, [*self.tasks])}"
+                        f"optimizers.{name}.tasks must name tasks of the comparison, got "
+                        f"{chosen!r}; {nearest(chosen, [*self.tasks])}"
                     )
 
 
@@ -198,9 +199,9 @@ class Carry(NamedTuple):
 class Program(NamedTuple):
     """The compiled functions of a cell; all take and give stacks of runs."""
 
-    init: Callable[..., tuple[Carry, PyTree]]
-    interval: Callable[..., tuple[Carry, jax.Array]]
-    evaluate: Callable[..., tuple[jax.Array, PyTree]]
+    init: jax.stages.Wrapped
+    interval: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
 
 
 def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
@@ -312,14 +313,18 @@ def run_cell(
     }
     if rates[0][0]:
         # Of the first value of a sweep, as geometric means over the seeds.
-        chosen = rates[: config.seeds]
+        first_value = rates[: config.seeds]
         cell["rates"] = {
-            block: rounded(
-                np.exp(np.mean([[np.log(p[block] or np.nan) for p in run] for run in chosen], 0))
-            )
+            block: rounded(geometric_mean([[p[block] for p in run] for run in first_value]))
             for block in rates[0][0]
         }
     return cell
+
+
+def geometric_mean(rates: Sequence[Sequence[float]]) -> np.ndarray:
+    """Over the first axis; NaN where a rate is 0, as at the end of a decay."""
+    array = np.array(rates)
+    return np.exp(np.mean(np.log(np.where(array > 0, array, np.nan)), axis=0))
 
 
 def rounded(array: np.ndarray) -> Any:

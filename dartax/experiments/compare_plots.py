@@ -67,7 +67,8 @@ def loss_curves(config: CompareConfig, results: Cells, scores: Mapping[str, Any]
             peer = scores["best_peer"]["tasks"][task]["optimizer"]
             chosen.append((peer, PEERS[0], "best peer"))
             ax.set_title(f"{task} (best peer: {peer})", fontsize=10)
-        if (dart := _dart(config)) in results[task]:
+        dart = _dart(config)
+        if dart is not None and dart in results[task]:
             chosen.append((dart, DART, "dart"))
         ends = []
         for name, color, label in chosen:
@@ -78,10 +79,10 @@ def loss_curves(config: CompareConfig, results: Cells, scores: Mapping[str, Any]
             ax.plot(x, np.median(curves, 0), color=color, lw=1.5, label=label)
             ax.fill_between(x, curves.min(0), curves.max(0), color=color, alpha=0.15, lw=0)
             ends.append(np.concatenate([curves[:, -1], np.median(curves, 0)[1:]]))
-        ends = np.concatenate(ends)
-        ends = ends[np.isfinite(ends) & (ends > 0)]
+        shown = np.concatenate(ends)
+        shown = shown[np.isfinite(shown) & (shown > 0)]
         ax.set_yscale("log")
-        ax.set_ylim(ends.min() * 0.95, ends.max() * 1.05)
+        ax.set_ylim(shown.min() * 0.95, shown.max() * 1.05)
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel(f"test {results[task][config.target]['metric']}", fontsize=8)
     handles, labels = next(iter(panels.values())).get_legend_handles_labels()
@@ -148,7 +149,9 @@ def initial_rate(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | N
 def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
     """Mean rate of every block under dart, the schedule included."""
     dart = _dart(config)
-    tasks = [task for task in config.tasks if "rates" in results[task].get(dart or "", {})]
+    if dart is None:
+        return None
+    tasks = [task for task in config.tasks if "rates" in results[task].get(dart, {})]
     if not tasks:
         return None
     figure, panels = _panels(tasks)

@@ -184,7 +184,7 @@ def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
     peers = [name for name, entrant in config.optimizers.items() if entrant.role == "peer"]
     best = {}
     for task, cells in scored.items():
-        present = [name for name in peers if name in cells]
+        present = [name for name in peers if name in cells and cells[name]["mean"] < np.inf]
         if dart and dart[0] in cells and present:
             name = min(present, key=lambda n: cells[n]["mean"])
             ratio = cells[dart[0]]["mean"] / cells[name]["mean"]
