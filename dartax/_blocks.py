@@ -126,3 +126,18 @@ def spread(values: jax.Array, index: jax.Array, tree: PyTree) -> PyTree:
     structure: Any = jax.tree.structure(tree)
     per_leaf = values[index]
     return jax.tree.unflatten(structure, [per_leaf[i] for i in range(structure.num_leaves)])
+
+
+def matrix_rms(tree: PyTree, index: np.ndarray, num_blocks: int) -> jax.Array:
+    """Root mean square of the elements of every block's matrices, ``[K]``; 0 without any.
+
+    Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
+    normalization at 1, whatever the size of the weights that they belong to.
+    """
+    matrices = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if jnp.ndim(leaf) >= 2 else jnp.zeros(0), tree
+    )
+    size = np.zeros(num_blocks, np.float32)
+    np.add.at(size, index, [leaf.size for leaf in jax.tree.leaves(matrices)])
+    squares = block_dots(matrices, matrices, jnp.asarray(index), num_blocks)
+    return jnp.sqrt(squares / np.maximum(size, 1))

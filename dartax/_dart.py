@@ -1,20 +1,23 @@
-"""Learning-rate-free DART: a Dirichlet with slack, learned in log space at two speeds.
+"""Learning-rate-free DART: a Dirichlet with slack, learned in log space.
 
 The published DART (``_paper_dart.py``) shares a fixed budget out. Here the Dirichlet has one
 more component, the slack, which no block spends, so that the total is learned too. With
-a = log concentration, l' = d log gamma / da, w_i = pi_i / sum_{j<=K} pi_j and
-h_i = dL/dlog pi_i over the steps inside the horizon:
+a = log concentration, l' = d log gamma / da and h_i = dL/dlog pi_i over the steps inside the
+horizon, the gradient through the draw is
 
-    allocation   A_i = l'_i * (h_i - w_i * sum_j h_j)         who gets the budget
-    scale        S   = -l'_0 * pi_0 * sum_j h_j               how much is spent
+    G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
+    s_i = -m_i / sqrt(v_i)                                   moments of G_i + 0.3 * mean_j G_j
 
-each through its own Adam normalizer,
+s_i is near 1 where every step so far should have been longer, near -1 where every step should
+have been shorter. The mean is small beside the gradient of a block that matters to the loss;
+the others, such as most biases, follow it instead of their own noise. The concentrations move by
 
-    a_i <- a_i - allocation_step * (A_hat_i - mean_j A_hat_j),      A_hat = m_A / sqrt(v_A)
-    a_0 <- a_0 - min(0.05, 20 / t) * clip(min(s, s_long) + 0.3, 0, 1) + 0.05 * clip(-4 s - 3, 0, 1)
+    a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + 0.3, 0, 1) - 0.05 * clip(-4 s_i - 3, 0, 1)
 
-with s = m_S / sqrt(v_S), and s_long the same over a longer window: s is near 1 where every
-step so far should have been longer, near -1 where every step should have been shorter.
+with s_long the same over a longer window, and limit_i = min(0.05, 20 / t), or more where a step
+is tiny beside the weights that it changes. Then all concentrations, the slack's too, are
+multiplied by one number, which leaves the mean rates alone and makes the smallest of a block
+equal ``concentration``.
 
 The first term grows the rates, and not only up to s = 0: there the steep directions ask for less
 already while the flat ones still ask for more, and the decay of the schedule serves the steep ones
@@ -48,36 +51,49 @@ from dartax._transform import (
 # with it, and the second moment. The last is short of Adam's 0.999 because hypergradients
 # shrink by orders of magnitude as the loss falls, and would stall under their own past.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
-# The ramp: at most SCALE_STEP per update in log space, and less than RAMP / t later on. It is
-# the warm-up too.
-SCALE_STEP, RAMP = 0.05, 20.0
+# The ramp: at most GROWTH per update in log space, and less than RAMP / t later on. It is the
+# warm-up too.
+GROWTH, RAMP = 0.05, 20.0
+# Where a step, of directions of size 1 as Adam's are, changes less than SMALL_STEP of the
+# weights, the ramp is steeper in proportion, up to FAST_GROWTH: from any tiny initial rate it
+# begins in earnest after some 20 updates.
+SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
+# Weight of the mean gradient beside the block's own.
+POOL = 0.3
 # Rates grow while s is above the first and shrink where it is below the second.
 GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
+# The greatest concentration of a block is at most this many times the level of the draws.
+MAX_RATIO = 1e6
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
 
 
-def allocation_gradient(draw: Draw, h: jax.Array) -> jax.Array:
-    """A: the gradient of log concentration that shares the spent budget out, ``[K]``."""
+def default_inner() -> optax.GradientTransformation:
+    """Adam, whose second moment must not remember the steep beginning of the ramp for long."""
+    return optax.scale_by_adam(b2=0.99)
+
+
+def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
+    """G: the gradient through the draw, dL/dlog concentration of every block, ``[K]``.
+
+    The slack, whose own h is 0, takes part in the sum over the components of the simplex.
+    """
     share, derivative = draw.share[:-1], draw.log_derivative[:-1]
-    # Before the first draw every share is 0, and so is the gradient.
-    w = share / jnp.maximum(jnp.sum(share), jnp.finfo(share.dtype).tiny)
-    return derivative * (h - w * jnp.sum(h))
+    return derivative * (h - share * jnp.sum(h))
 
 
-def scale_gradient(draw: Draw, h: jax.Array) -> jax.Array:
-    """S: the gradient of the slack's log concentration, a scalar; positive asks for more."""
-    return -draw.log_derivative[-1] * draw.share[-1] * jnp.sum(h)
+def growth_limit(rate: jax.Array, weight_rms: jax.Array, num: jax.Array) -> jax.Array:
+    """How far log concentrations may grow in this update, ``[K]``."""
+    limit = jnp.minimum(GROWTH, RAMP / f32(1 + num))
+    # Blocks of vectors take the scale of the smallest matrices, if there are any.
+    positive = weight_rms > 0
+    smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
+    rms = jnp.where(positive, weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
+    return jnp.clip(limit * SMALL_STEP * rms / rate, limit, FAST_GROWTH)
 
 
-def dart_rule(
-    concentration: Number,
-    init_rate: Number,
-    min_rate: Number,
-    max_rate: Number,
-    allocation_step: Number,
-) -> Rule:
-    """Two-speed learning in log space; the slack is the last of the K + 1 components."""
+def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_rate: Number) -> Rule:
+    """Learning in log space; the slack is the last of the K + 1 components."""
 
     def init(num_blocks):
         # The mean rate of a block is min_rate + (max_rate - min_rate) / inverse_share.
@@ -93,27 +109,33 @@ def dart_rule(
         slack = f32(concentration) * (inverse_share - num_blocks)
         return jnp.append(jnp.full(num_blocks, f32(concentration)), slack)
 
-    def learn(concentration, draw, h, moments, num):
-        gradient = jnp.append(allocation_gradient(draw, h), scale_gradient(draw, h))
+    def learn(current, draw, h, moments, num, weight_rms):
+        gradient = log_concentration_gradient(draw, h)
+        gradient += POOL * jnp.sum(gradient) / max(gradient.size, 1)
         mu = moving_average(moments.hyper_mu, gradient, B1)
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
-        # A component that has seen no gradient yet does not move.
+        # A block that has seen no gradient yet does not move.
         root = jnp.sqrt(debias(nu, B2, num))
         seen = root > 0
         inverse_root = jnp.where(seen, 1 / jnp.where(seen, root, 1.0), 0.0)
-        short = debias(mu, B1, num) * inverse_root
-        long = debias(trend, B_TREND, num) * inverse_root
+        s = -debias(mu, B1, num) * inverse_root
+        s_long = -debias(trend, B_TREND, num) * inverse_root
 
-        allocation = -f32(allocation_step) * (short[:-1] - jnp.mean(short[:-1]))
-        limit = jnp.minimum(SCALE_STEP, RAMP / f32(1 + num))
-        above = jnp.minimum(short[-1], long[-1]) - GROW_ABOVE
-        grow = limit * jnp.where(seen[-1], jnp.clip(above, 0.0, 1.0), 0.0)
+        share = current[:-1] / jnp.sum(current)
+        rate = f32(min_rate) + (f32(max_rate) - f32(min_rate)) * share
+        above = jnp.minimum(s, s_long) - GROW_ABOVE
+        grow = jnp.where(seen, jnp.clip(above, 0.0, 1.0), 0.0)
         # At full speed where s is -1.
-        below = (RETREAT_BELOW - short[-1]) / (RETREAT_BELOW + 1)
-        retreat = SCALE_STEP * jnp.clip(below, 0.0, 1.0)
-        moved = concentration * jnp.exp(jnp.append(allocation, retreat - grow))
+        retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
+        change = growth_limit(rate, weight_rms, num) * grow - GROWTH * retreat
+        moved = current * jnp.exp(jnp.append(change, 0.0))
+
+        # The means do not change where all concentrations, the slack's too, grow by one factor.
+        least, greatest = jnp.min(moved[:-1], initial=jnp.inf), jnp.max(moved[:-1], initial=0.0)
+        level = jnp.maximum(least, greatest / MAX_RATIO)
+        moved *= f32(concentration) / level
         return jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION), Moments(mu, nu, trend)
 
     return Rule(init, learn, of_log=True)
@@ -128,7 +150,6 @@ def scale_by_dart(
     max_rate: Number = 1.0,
     concentration: Number = 10.0,
     horizon: Number = 0.999,
-    allocation_step: Number = 0.005,
     blocks: Blocks = None,
     key: jax.Array | int = 0,
     direction_dtype: str = "bfloat16",
@@ -143,7 +164,7 @@ def scale_by_dart(
 
     Args:
       inner: Direction of the step, an ``optax.GradientTransformation`` that does not flip
-        the sign. ``None`` is ``optax.scale_by_adam()``; ``optax.identity()`` is SGD.
+        the sign. ``None`` is ``optax.scale_by_adam(b2=0.99)``; ``optax.identity()`` is SGD.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
         blocks. Start low: the rates grow by a factor of 10 in some 50 updates.
@@ -153,8 +174,6 @@ def scale_by_dart(
         deviation of a drawn rate is about ``concentration ** -0.5``.
       horizon: Decay, in [0, 1), of the memory of past steps that the next gradient is
         compared with; 0 is the one-step hypergradient.
-      allocation_step: Largest change of a block's log concentration at one update,
-        non-negative; 0 keeps the initial allocation.
       blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
         label. Leaves with equal labels share a rate. One block per leaf by default.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
@@ -200,13 +219,10 @@ def scale_by_dart(
         "10.0 is usual",
     )
     _check.decay("horizon", horizon)
-    _check.number(
-        "allocation_step", allocation_step, "a number in [0, 1]", lambda v: 0 <= v <= 1, "try 0.005"
-    )
     _check.floating_dtype("direction_dtype", direction_dtype)
     return scale_by_dirichlet(
-        dart_rule(concentration, init_rate, min_rate, max_rate, allocation_step),
-        optax.scale_by_adam() if inner is None else inner,
+        dart_rule(concentration, init_rate, min_rate, max_rate),
+        default_inner() if inner is None else inner,
         learning_rate=learning_rate,
         min_rate=min_rate,
         max_rate=max_rate,
@@ -226,7 +242,6 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     max_rate: Number = 1.0,
     concentration: Number = 10.0,
     horizon: Number = 0.999,
-    allocation_step: Number = 0.005,
     weight_decay: Number = 0.0,
     mask: Any = None,
     blocks: Blocks = None,
@@ -271,7 +286,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     """
     _check.transformation("inner", inner)
     _check.weight_decay(weight_decay)
-    direction = optax.scale_by_adam() if inner is None else inner
+    direction = default_inner() if inner is None else inner
     return optax.chain(
         scale_by_dart(
             optax.chain(direction, decayed_weights(weight_decay, mask)),
@@ -281,7 +296,6 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             max_rate=max_rate,
             concentration=concentration,
             horizon=horizon,
-            allocation_step=allocation_step,
             blocks=blocks,
             key=key,
             direction_dtype=direction_dtype,

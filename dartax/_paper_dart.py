@@ -51,7 +51,8 @@ def paper_rule(
     """Adam on alpha itself; ``budget`` is lr_max - lr_min."""
     b1, b2 = betas
 
-    def learn(concentration, draw, h, moments, num):
+    def learn(concentration, draw, h, moments, num, weight_rms):
+        del weight_rms
         gradient = f32(budget) * concentration_gradient(draw, concentration, h)
         mu = moving_average(moments.hyper_mu, gradient, b1)
         nu = moving_average(moments.hyper_nu, gradient**2, b2)

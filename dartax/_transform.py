@@ -50,12 +50,12 @@ class Draw(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the concentrations.
+    """Moving averages of the gradient with respect to the blocks' concentrations.
 
     Attributes:
-      hyper_mu: First moment, float32 ``[C]``.
-      hyper_nu: Second moment, float32 ``[C]``.
-      hyper_trend: First moment over a longer window, float32 ``[C]``.
+      hyper_mu: First moment, float32 ``[K]``.
+      hyper_nu: Second moment, float32 ``[K]``.
+      hyper_trend: First moment over a longer window, float32 ``[K]``.
     """
 
     hyper_mu: jax.Array
@@ -70,12 +70,15 @@ class Rule(NamedTuple):
       init: From the number of blocks K to the concentrations ``[C]``, C >= K. The first K
         belong to the blocks; a further one is budget that no block spends.
       learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, number of
-        hypergradients seen with this one) to the new concentration and moments.
+        hypergradients seen with this one, weight_rms ``[K]``) to the new concentration and
+        moments.
       of_log: Whether the hypergradient is that of log pi, not that of the rates.
     """
 
     init: Callable[[int], jax.Array]
-    learn: Callable[[jax.Array, Draw, jax.Array, Moments, jax.Array], tuple[jax.Array, Moments]]
+    learn: Callable[
+        [jax.Array, Draw, jax.Array, Moments, jax.Array, jax.Array], tuple[jax.Array, Moments]
+    ]
     of_log: bool
 
 
@@ -94,6 +97,7 @@ class ScaleByDartState(NamedTuple):
       block_index: Block of every parameter leaf, int32 ``[n]``.
       concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
       moments: Moving averages of its gradient.
+      weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
         before it (``paper_dart``) or to their logarithms (``dart``), ``[K]``.
       last_draw: The last point of the simplex and its derivative.
@@ -114,6 +118,7 @@ class ScaleByDartState(NamedTuple):
     block_index: jax.Array
     concentration: jax.Array
     moments: Moments
+    weight_rms: jax.Array
     hypergradient: jax.Array
     last_draw: Draw
     last_rates: jax.Array
@@ -210,7 +215,8 @@ def scale_by_dirichlet(
         index, num_blocks = _blocks.block_index(params, blocks)
         concentration = rule.init(num_blocks)
         # One buffer for each field: a donated state must not hold an array twice.
-        zeros = lambda: jnp.zeros_like(concentration)  # noqa: E731
+        per_component = lambda: jnp.zeros_like(concentration)  # noqa: E731
+        per_block = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
         multiplier = learning_rate(0) if callable(learning_rate) else learning_rate
         return ScaleByDartState(
             version=jnp.asarray(VERSION, jnp.int32),
@@ -219,10 +225,11 @@ def scale_by_dirichlet(
             key=jnp.array(jax.random.key_data(random.threefry_key(key))),
             block_index=jnp.asarray(index),
             concentration=concentration,
-            moments=Moments(hyper_mu=zeros(), hyper_nu=zeros(), hyper_trend=zeros()),
-            hypergradient=jnp.zeros(num_blocks, jnp.float32),
-            last_draw=Draw(share=zeros(), log_derivative=zeros()),
-            last_rates=jnp.zeros(num_blocks, jnp.float32),
+            moments=Moments(hyper_mu=per_block(), hyper_nu=per_block(), hyper_trend=per_block()),
+            weight_rms=_blocks.matrix_rms(params, index, num_blocks),
+            hypergradient=per_block(),
+            last_draw=Draw(share=per_component(), log_derivative=per_component()),
+            last_rates=per_block(),
             last_multiplier=f32(multiplier),
             min_rate=f32(min_rate),
             max_rate=f32(max_rate),
@@ -253,7 +260,12 @@ def scale_by_dirichlet(
 
         # 2. Move the concentrations. The first update has no step behind it.
         concentration, moments = rule.learn(
-            state.concentration, state.last_draw, h, state.moments, state.count - state.skipped
+            state.concentration,
+            state.last_draw,
+            h,
+            state.moments,
+            state.count - state.skipped,
+            state.weight_rms,
         )
 
         # 3. Draw the rates.
@@ -283,6 +295,7 @@ def scale_by_dirichlet(
             block_index=index,
             concentration=concentration,
             moments=moments,
+            weight_rms=state.weight_rms,
             hypergradient=h,
             last_draw=draw,
             last_rates=multiplier * rates,

@@ -94,7 +94,7 @@ def paper_dart(
 
 def dart(
     params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, max_rate=1.0,
-    concentration=10.0, horizon=0.999, allocation_step=0.005, weight_decay=0.0,
+    concentration=10.0, horizon=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates."""
@@ -103,9 +103,16 @@ def dart(
     labels = labels or {name: i for i, name in enumerate(names)}
     K = len(set(labels.values()))
     params = {name: np.array(params[name], float) for name in names}
+    matrices = [[] for _ in range(K)]
+    for name in names:
+        if params[name].ndim >= 2:
+            matrices[labels[name]].extend(params[name].ravel())
+    rms = [np.sqrt(np.mean(np.square(elements))) if elements else 0.0 for elements in matrices]
+    smallest = min([value for value in rms if value > 0], default=0.0)
+    rms = [value or smallest for value in rms]
     slack = concentration * ((max_rate - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
-    m, v, trend = np.zeros(K + 1), np.zeros(K + 1), np.zeros(K + 1)
+    m, v, trend = np.zeros(K), np.zeros(K), np.zeros(K)
     z = {name: np.zeros_like(params[name]) for name in names}
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
@@ -114,18 +121,20 @@ def dart(
             h = np.zeros(K)
             for name in names:
                 h[labels[name]] -= np.sum(g[name] * z[name])
-            w = pi[:K] / pi[:K].sum()
-            allocation = [l[i] * (h[i] - w[i] * np.sum(h)) for i in range(K)]
-            grad = np.append(allocation, -l[K] * pi[K] * np.sum(h))
+            grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
+            grad = grad + 0.3 * grad.mean()
             m = b1 * m + (1 - b1) * grad
             trend = b_trend * trend + (1 - b_trend) * grad
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
-            short, long = m / (1 - b1**t) / root, trend / (1 - b_trend**t) / root
-            a[:K] = a[:K] * np.exp(-allocation_step * (short[:K] - short[:K].mean()))
-            grow = np.clip(min(short[K], long[K]) + 0.3, 0, 1) * min(0.05, 20.0 / (1 + t))
-            retreat = np.clip(-4 * short[K] - 3, 0, 1) * 0.05
-            a[K] = a[K] * np.exp(retreat - grow)
+            s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
+            rate = min_rate + (max_rate - min_rate) * a[:K] / a.sum()
+            for i in range(K):
+                limit = min(0.05, 20.0 / (1 + t))
+                limit = min(max(limit, limit * 1e-2 * rms[i] / rate[i]), 0.5)
+                grow = limit * np.clip(min(s[i], s_long[i]) + 0.3, 0, 1)
+                a[i] *= np.exp(grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1))
+            a *= concentration / max(a[:K].min(), a[:K].max() / 1e6)
             a = np.clip(a, 1e-4, 1e30)
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)

@@ -39,7 +39,6 @@ def sentence(error):
         ({"concentration": None}, TypeError, "concentration must be .* got None"),
         ({"horizon": 1.0}, ValueError, r"horizon must be a number in \[0, 1\), got 1.0"),
         ({"horizon": -0.5}, ValueError, r"horizon must be a number in \[0, 1\), got -0.5"),
-        ({"allocation_step": -1}, ValueError, "allocation_step must be .* got -1"),
         ({"weight_decay": -0.1}, ValueError, "weight_decay must be a non-negative number, got -0.1"),
         ({"init_rate": np.str_("a")}, TypeError, "init_rate must be a positive number, got"),
         ({"init_rate": np.array("a")}, TypeError, "init_rate must be a positive number, got"),
