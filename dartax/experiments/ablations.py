@@ -1,7 +1,119 @@
-"""Variants of ``dart``, each without one of its parts."""
+"""Variants of ``dart``, each without one of its parts.
+
+What an argument of ``dart`` can switch off needs no variant: ``concentration = 1e4`` draws nearly
+the means, ``horizon = 0`` is the one-step hypergradient.
+"""
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import optax
 
-FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {}
+from dartax import _dart
+from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
+
+
+def frozen(rule: Rule) -> Rule:
+    """The concentrations stay where they start."""
+    return rule._replace(learn=lambda current, draw, h, moments, num, rms: (current, moments))
+
+
+def shuffled(rule: Rule) -> Rule:
+    """Every block learns from the hypergradient of another."""
+
+    def learn(current, draw, h, moments, num, rms):
+        return rule.learn(current, draw, jnp.roll(h, 1), moments, num, rms)
+
+    return rule._replace(learn=learn)
+
+
+def mean_field(rule: Rule) -> Rule:
+    """The gradient of the mean rate: log gamma is taken to move as log concentration does."""
+
+    def learn(current, draw, h, moments, num, rms):
+        draw = draw._replace(log_derivative=jnp.ones_like(draw.log_derivative))
+        return rule.learn(current, draw, h, moments, num, rms)
+
+    return rule._replace(learn=learn)
+
+
+def _moves(moments: Moments, num: jax.Array) -> jax.Array:
+    """s, the short average over the root of the second moment; ``[K]``."""
+    root = jnp.sqrt(debias(moments.hyper_nu, _dart.B2, num))
+    s = -debias(moments.hyper_mu, _dart.B1, num) / jnp.where(root > 0, root, 1.0)
+    return jnp.where(root > 0, jnp.clip(s, -1.0, 1.0), 0.0)
+
+
+def no_ratchet(rule: Rule) -> Rule:
+    """Rates shrink as readily as they grow."""
+
+    def learn(current, draw, h, moments, num, rms):
+        _, moments = rule.learn(current, draw, h, moments, num, rms)
+        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * _moves(moments, num)
+        moved = current * jnp.exp(jnp.append(change, 0.0))
+        # The least concentration of a block stays what it is at the start: the level of the draws.
+        moved *= jnp.min(current[:-1]) / jnp.min(moved[:-1])
+        return jnp.clip(moved, _dart.MIN_CONCENTRATION, _dart.MAX_CONCENTRATION), moments
+
+    return rule._replace(learn=learn)
+
+
+def no_slack(rule: Rule) -> Rule:
+    """The whole budget is always spent: only its allocation is learned."""
+
+    def init(num_blocks):
+        return rule.init(num_blocks)[:-1]
+
+    def learn(current, draw, h, moments, num, rms):
+        # The slack is there again, but too small to be drawn.
+        padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
+        _, moments = rule.learn(jnp.append(current, 1.0), padded, h, moments, num, rms)
+        s = _moves(moments, num)
+        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * (s - jnp.mean(s))
+        moved = current * jnp.exp(change)
+        return jnp.clip(moved, _dart.MIN_CONCENTRATION, 1e6), moments
+
+    return rule._replace(init=init, learn=learn)
+
+
+def _factory(
+    change: Callable[[Rule], Rule], blocks: Callable[[str], int] | None = None
+) -> Callable[..., optax.GradientTransformation]:
+    """A factory with the arguments of ``dart`` that ablations need."""
+
+    def factory(
+        learning_rate: optax.ScalarOrSchedule = 1.0,
+        *,
+        inner: optax.GradientTransformation | None = None,
+        init_rate: Number = 1e-5,
+        max_rate: Number = 1.0,
+        concentration: Number = 10.0,
+        horizon: Number = 0.999,
+        key: jax.Array | int = 0,
+    ) -> optax.GradientTransformation:
+        rule = _dart.dart_rule(concentration, init_rate, 0.0, max_rate)
+        transform = scale_by_dirichlet(
+            change(rule),
+            _dart.default_inner() if inner is None else inner,
+            learning_rate=learning_rate,
+            min_rate=0.0,
+            max_rate=max_rate,
+            horizon=horizon,
+            blocks=blocks,
+            key=key,
+            direction_dtype="bfloat16",
+        )
+        return optax.chain(transform, optax.scale(-1.0))
+
+    return factory
+
+
+FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "dart_frozen": _factory(frozen),
+    "dart_shuffled": _factory(shuffled),
+    "dart_mean_field": _factory(mean_field),
+    "dart_no_ratchet": _factory(no_ratchet),
+    "dart_no_slack": _factory(no_slack),
+    "dart_one_rate": _factory(lambda rule: rule, blocks=lambda path: 0),
+}

@@ -379,7 +379,9 @@ def run(
     with tqdm(total=total, unit="step", unit_scale=True, disable=not progress) as bar:
         for task, name in missing:
             bar.set_description(f"{task}, {name}")
-            found[task][name] = run_cell(config, task, name, bar.update)
+            cell = run_cell(config, task, name, bar.update)
+            # Read again: another process may have finished other cells of the task meanwhile.
+            found[task] = {**read_cells(workdir, task), name: cell}
             write_cells(workdir, task, found[task])
     wanted = set(cells(config))
     return {

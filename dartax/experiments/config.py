@@ -35,6 +35,12 @@ class OptimizerConfig:
 
     name: Literal[
         "dart",
+        "dart_frozen",
+        "dart_mean_field",
+        "dart_no_ratchet",
+        "dart_no_slack",
+        "dart_one_rate",
+        "dart_shuffled",
         "paper_dart",
         "adamw",
         "sgd",
@@ -50,8 +56,9 @@ class OptimizerConfig:
         "schedule_free_adamw",
     ] = "dart"
     """Which optimizer."""
-    inner: Literal["adam", "sgd", "momentum", "lion"] = "adam"
-    """Direction of the step under dart; the others have their own."""
+    inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion"] = "adam"
+    """Direction of the step under dart; the others have their own. adam is dart's own default,
+    optax_adam that of optax, whose second moment has a longer memory."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay of the multiplier to 0 over the run."""
     warmup: float = 0.0

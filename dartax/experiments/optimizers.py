@@ -14,8 +14,9 @@ from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
 PyTree = Any
 
 # Directions for dart: none of them flips the sign.
-INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": optax.scale_by_adam,
+INNER: dict[str, Callable[[], optax.GradientTransformation | None]] = {
+    "adam": lambda: None,
+    "optax_adam": optax.scale_by_adam,
     "sgd": optax.identity,
     "momentum": lambda: optax.trace(decay=0.9),
     "lion": optax.scale_by_lion,
