@@ -32,7 +32,7 @@ import optax
 from dartax import _blocks, random
 from dartax._blocks import Blocks, PyTree
 
-VERSION = 1
+VERSION = 2
 
 Number = jax.Array | float
 

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from dartax.experiments import cli, compare, compare_plots, optimizers, scores
+import dartax
+from dartax.experiments import ablations, cli, compare, compare_plots, optimizers, scores
 from dartax.experiments.compare import CompareConfig, EntrantConfig
 from dartax.experiments.config import ConfigError, OptimizerConfig
 from dartax.experiments.tasks import TaskConfig
@@ -92,6 +93,9 @@ def test_a_comparison_is_scored_and_drawn(done):
     assert scored["cells"]["friedman"]["adamw"]["value"] == 1e-2
     assert scored["cells"]["friedman"]["adamw"]["ratio"] == pytest.approx(1.0)
     assert scored["best_peer"]["tasks"]["friedman"]["optimizer"] == "momo"
+    # The target reaches its own loss at its last step, by definition.
+    assert scored["cells"]["friedman"]["adamw"]["steps"] == pytest.approx(20, rel=1e-3)
+    assert scored["cells"]["friedman"]["first rate"]["spread"] == pytest.approx(0.0)
     table = scores.table(done, scored)
     assert all(name in table for name in [*done.tasks, *done.optimizers])
     paths = compare_plots.draw(done, results, scored)
@@ -276,3 +280,39 @@ def test_schedule_free_is_tested_where_its_authors_say():
         params = optax.apply_updates(params, updates)
     tested = optimizers.eval_params(config, state, params)
     assert not np.allclose(tested["w"], params["w"])
+
+
+@pytest.mark.parametrize("name", sorted(ablations.FACTORY))
+def test_ablations_change_what_they_say(name):
+    """On a flat and a steep direction, beside dart itself."""
+
+    def concentrations(factory):
+        optimizer = factory(init_rate=1e-2, key=3)
+        params = {"flat": jnp.ones((3, 2)), "steep": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+
+        def loss(params):
+            return sum(
+                c * jnp.sum(p**2)
+                for c, p in zip((0.1, 0.05, 4.0), jax.tree.leaves(params), strict=True)
+            )
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), state[0].concentration
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=100)[1]
+
+    found, dart = concentrations(ablations.FACTORY[name]), concentrations(dartax.dart)
+    assert np.all(np.isfinite(found))
+    if name == "dart_frozen":
+        np.testing.assert_array_equal(found, np.broadcast_to(found[:1], found.shape))
+    elif name == "dart_one_rate":
+        assert found.shape == (100, 2)  # one block and the slack
+    elif name == "dart_no_slack":
+        assert found.shape == (100, 3)
+        assert np.ptp(found[-1]) > 1
+    else:
+        # The first draw is the same; what is learned from it is not.
+        np.testing.assert_array_equal(found[0], dart[0])
+        assert np.any(np.abs(found[-1] / dart[-1] - 1) > 0.01)

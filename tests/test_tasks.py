@@ -1,7 +1,9 @@
+import dataclasses
 import gzip
 import hashlib
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from dartax.experiments import data, models, tasks
+from dartax.experiments import compare, data, models, tasks
 from dartax.experiments.config import ConfigError
 from dartax.experiments.tasks import TaskConfig
+
+GPU_CONFIG = Path(__file__).parent.parent / "configs" / "compare" / "gpu.toml"
 
 # Every problem, as small as it gets.
 TINY = {
@@ -499,3 +503,25 @@ def test_configs_that_the_data_rule_out(small_files):
         tasks.build(tiny("mnist", batch_size=41))
     with pytest.raises(ConfigError, match="context must be below the 61 characters of the test"):
         tasks.build(tiny("shakespeare", context=61))
+
+
+def test_the_larger_comparison_runs_at_reduced_size(small_files, tmp_path):
+    """The configuration for a GPU: its networks narrower, its runs two steps long."""
+    config = compare.load(GPU_CONFIG, workdir=str(tmp_path / "results"), seeds=1)
+    shrunk = {"steps": 2, "batch_size": 2, "width": 12, "context": 8}
+    config = dataclasses.replace(
+        config,
+        evaluations=2,
+        tasks={
+            name: dataclasses.replace(task, layers=(1, 1), depth=1, **shrunk)
+            for name, task in config.tasks.items()
+        },
+        optimizers={
+            "dart": config.optimizers["dart"],
+            "adamw": dataclasses.replace(config.optimizers["adamw"], tasks=("baby_gpt",)),
+        },
+    )
+    results = compare.run(config, progress=False)
+    assert sorted(results["baby_gpt"]) == ["adamw", "dart"]
+    for cells in results.values():
+        assert np.all(np.isfinite(np.array(cells["dart"]["test_loss"], float)))

@@ -66,7 +66,7 @@ def loss_curves(config: CompareConfig, results: Cells, scores: Mapping[str, Any]
         if task in scores["best_peer"]["tasks"]:
             peer = scores["best_peer"]["tasks"][task]["optimizer"]
             chosen.append((peer, PEERS[0], "best peer"))
-            ax.set_title(f"{task} (best peer: {peer})", fontsize=10)
+            ax.set_title(f"{task}\nbest peer: {peer}", fontsize=9)
         dart = _dart(config)
         if dart is not None and dart in results[task]:
             chosen.append((dart, DART, "dart"))

@@ -13,6 +13,8 @@ Cells = Mapping[str, Mapping[str, Any]]
 MAX_TAU = 4.0
 # A rate is inside the basin where the loss is at most this many times the best one.
 BASIN = 1.01
+# First rates up to this one are meant to end alike.
+SAFE = 1e-4
 
 
 def losses(cell: Mapping[str, Any], kind: str = "test_loss") -> np.ndarray:
@@ -140,7 +142,8 @@ def _score_cell(
         if finite and len(final) > 1
         else np.nan,
         "ratio": float(final.mean() / target),
-        "steps": every * float(np.median([steps_to(curve, target) for curve in curves[index]])),
+        # Of the mean over the seeds, which for the target itself ends at its own loss.
+        "steps": every * steps_to(curves[index].mean(0), target * (1 + 1e-6)),
         "seconds": cell["seconds_per_run"],
         # A loss above that of the first evaluation counts as diverged as well.
         "diverged": int(np.sum(~(final <= curves[index, :, 0] * 1.5))),
@@ -152,6 +155,8 @@ def _score_cell(
         result["width"] = width(entrant.values, curves[..., -1].mean(-1))
         if entrant.role == "basin":
             result["diverged"] = int(np.sum(~np.isfinite(curves[..., -1])))
+            below = [m for v, m in zip(entrant.values, result["means"], strict=True) if v <= SAFE]
+            result["spread"] = max(below) / min(below) - 1 if below else np.nan
     return result
 
 
@@ -204,7 +209,7 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
         for task, w in zip(tasks, widths, strict=True)
     )
     lines.append(f"{'loss of ' + config.target:{first}}  {losses_of_target}")
-    for role in ("dart", "tuned", "peer", "reference", "ablation", "basin"):
+    for role in ("dart", "tuned", "peer", "reference", "ablation"):
         chosen = [n for n, o in scores["optimizers"].items() if o["role"] == role]
         for name in sorted(chosen, key=lambda n: scores["optimizers"][n]["ratio"]):
             overall = scores["optimizers"][name]
@@ -228,4 +233,19 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
             )
             + ")"
         )
+    lines += _basins(config, scores)
     return "\n".join(lines)
+
+
+def _basins(config: CompareConfig, scores: Mapping[str, Any]) -> list[str]:
+    """How much the final loss depends on the rate that is given, a line per task and entrant."""
+    lines = []
+    for task, cells in scores["cells"].items():
+        found = [name for name in cells if config.optimizers[name].role == "basin"]
+        for name in found:
+            lines.append(
+                f"{task}: within 1 % of the best over {cells[name]['width']:.1f} decades of "
+                f"'{name}' and {cells[config.target]['width']:.1f} of {config.target}'s rate; "
+                f"up to {SAFE:g} the losses differ by {100 * cells[name]['spread']:.1f} %"
+            )
+    return lines
