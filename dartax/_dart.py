@@ -167,7 +167,8 @@ def scale_by_dart(
         the sign. ``None`` is ``optax.scale_by_adam(b2=0.99)``; ``optax.identity()`` is SGD.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
-        blocks. Start low: the rates grow by a factor of 10 in some 50 updates.
+        blocks. From 1e-8 to 1e-4 it hardly matters: the rates grow by a factor of 10 in 5
+        updates while the steps are tiny beside the weights, and in 50 later on.
       min_rate: Lower end of the rates, non-negative.
       max_rate: Budget: the rates of all blocks sum to at most this (above ``min_rate``).
       concentration: First concentration of every block, positive. The relative standard

@@ -105,7 +105,9 @@ def score(config: CompareConfig, results: Cells) -> dict[str, Any]:
         target_cell = found[config.target]
         target = losses(target_cell)[counted(config, config.target, target_cell), :, -1].mean()
         for name, cell in found.items():
-            scored[task][name] = _score_cell(config, task, name, cell, target)
+            scored[task][name] = _score_cell(
+                config, task, name, cell, target, target_cell["seconds_per_run"]
+            )
 
     optimizers = {}
     for name in config.optimizers:
@@ -117,7 +119,7 @@ def score(config: CompareConfig, results: Cells) -> dict[str, Any]:
                 "ratio": geometric_mean([cell["ratio"] for cell in own]),
                 "worst_ratio": max(cell["ratio"] for cell in own),
                 "diverged": sum(cell["diverged"] for cell in own),
-                "seconds": sum(cell["seconds"] for cell in own),
+                "time": geometric_mean([cell["time"] for cell in own]),
             }
     return {
         "cells": scored,
@@ -128,7 +130,12 @@ def score(config: CompareConfig, results: Cells) -> dict[str, Any]:
 
 
 def _score_cell(
-    config: CompareConfig, task: str, name: str, cell: Mapping[str, Any], target: float
+    config: CompareConfig,
+    task: str,
+    name: str,
+    cell: Mapping[str, Any],
+    target: float,
+    target_seconds: float,
 ) -> dict[str, Any]:
     entrant = config.optimizers[name]
     curves = losses(cell)
@@ -144,9 +151,10 @@ def _score_cell(
         "ratio": float(final.mean() / target),
         # Of the mean over the seeds, which for the target itself ends at its own loss.
         "steps": every * steps_to(curves[index].mean(0), target * (1 + 1e-6)),
-        "seconds": cell["seconds_per_run"],
-        # A loss above that of the first evaluation counts as diverged as well.
-        "diverged": int(np.sum(~(final <= curves[index, :, 0] * 1.5))),
+        # Of a run, compilation left out, over that of the target.
+        "time": cell["seconds_per_run"] / target_seconds,
+        # A loss that ends far above the first evaluation counts as diverged as well.
+        "diverged": int(np.sum(~(final <= 1.5 * curves[index, :, 0]))),
     }
     if entrant.values:
         result["values"] = list(entrant.values)
@@ -198,43 +206,55 @@ def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
 
 
 def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
-    """Test losses over that of the target on every task, as text for a terminal."""
+    """The comparison as text for a terminal: losses, steps to the target, peers and basins."""
     tasks = [task for task in config.tasks if scores["cells"][task]]
-    widths = [max(len(task), 7) for task in tasks]
-    first = max(len("optimizer"), *(len(name) for name in config.optimizers))
-    head = "  ".join(task.rjust(w) for task, w in zip(tasks, widths, strict=True))
-    lines = [f"{'optimizer':{first}}  {head}  geo.mean  worst   area  diverged"]
-    losses_of_target = "  ".join(
-        f"{scores['cells'][task][config.target]['mean']:{w}.4g}"
-        for task, w in zip(tasks, widths, strict=True)
-    )
-    lines.append(f"{'loss of ' + config.target:{first}}  {losses_of_target}")
-    for role in ("dart", "tuned", "peer", "reference", "ablation"):
-        chosen = [n for n, o in scores["optimizers"].items() if o["role"] == role]
-        for name in sorted(chosen, key=lambda n: scores["optimizers"][n]["ratio"]):
-            overall = scores["optimizers"][name]
-            row = "  ".join(
-                f"{scores['cells'][task][name]['ratio']:{w}.3f}"
-                if name in scores["cells"][task]
-                else " " * w
-                for task, w in zip(tasks, widths, strict=True)
-            )
-            area = scores["profile"]["areas"].get(name)
-            lines.append(
-                f"{name:{first}}  {row}  {overall['ratio']:8.3f}  {overall['worst_ratio']:5.3f}"
-                f"  {'' if area is None else format(area, '.2f'):>5}  {overall['diverged']:8d}"
-            )
-    if scores["best_peer"]["tasks"]:
-        lines.append(
-            f"dart over the best peer of each task: {scores['best_peer']['ratio']:.3f} ("
-            + ", ".join(
-                f"{task} {b['ratio']:.3f} {b['optimizer']}"
-                for task, b in scores["best_peer"]["tasks"].items()
-            )
-            + ")"
+    names = [
+        name
+        for role in ("dart", "tuned", "peer", "reference", "ablation")
+        for name in sorted(
+            (n for n, overall in scores["optimizers"].items() if overall["role"] == role),
+            key=lambda n: scores["optimizers"][n]["ratio"],
         )
-    lines += _basins(config, scores)
-    return "\n".join(lines)
+    ]
+    cells, overall, areas = scores["cells"], scores["optimizers"], scores["profile"]["areas"]
+    rows = [["final test loss", *tasks, "geo.mean", "worst", "time", "diverged"]]
+    rows.append([f"of {config.target}", *(f"{cells[t][config.target]['mean']:.4g}" for t in tasks)])
+    for name in names:
+        row = [f"{cells[t][name]['ratio']:.3f}" if name in cells[t] else "" for t in tasks]
+        row += [f"{overall[name][key]:.3f}" for key in ("ratio", "worst_ratio", "time")]
+        rows.append([name, *row, str(overall[name]["diverged"])])
+    lines = [*_aligned(rows), ""]
+
+    rows = [[f"steps to {config.target}'s loss", *tasks, "area of profile"]]
+    for name in names:
+        steps = [
+            cells[t][name]["steps"] / config.tasks[t].steps if name in cells[t] else None
+            for t in tasks
+        ]
+        row = ["" if s is None else f"{s:.2f}" if np.isfinite(s) else "never" for s in steps]
+        rows.append([name, *row, f"{areas[name]:.2f}" if name in areas else ""])
+    lines += [*_aligned(rows), ""]
+
+    if peers := scores["best_peer"]["tasks"]:
+        lines.append(f"dart over the best peer of each task: {scores['best_peer']['ratio']:.3f}")
+        lines += _aligned(
+            [["", task, f"{b['ratio']:.3f}", b["optimizer"]] for task, b in peers.items()]
+        )
+    return "\n".join([*lines, *_basins(config, scores)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    count = max(map(len, rows))
+    full = [[*row, *[""] * (count - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in full
+    ]
 
 
 def _basins(config: CompareConfig, scores: Mapping[str, Any]) -> list[str]:
