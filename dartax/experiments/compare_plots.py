@@ -166,5 +166,5 @@ def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel("learning rate", fontsize=8)
         if len(rates) <= 8:
-            ax.legend(fontsize=6, frameon=False, ncols=2)
+            ax.legend(fontsize=6, framealpha=0.7, edgecolor="none", ncols=2)
     return figure
