@@ -516,12 +516,9 @@ def test_the_larger_comparison_runs_at_reduced_size(small_files, tmp_path):
             name: dataclasses.replace(task, layers=(1, 1), depth=1, **shrunk)
             for name, task in config.tasks.items()
         },
-        optimizers={
-            "dart": config.optimizers["dart"],
-            "adamw": dataclasses.replace(config.optimizers["adamw"], tasks=("baby_gpt",)),
-        },
+        target="dart",
+        optimizers={"dart": config.optimizers["dart"]},
     )
     results = compare.run(config, progress=False)
-    assert sorted(results["baby_gpt"]) == ["adamw", "dart"]
     for cells in results.values():
         assert np.all(np.isfinite(np.array(cells["dart"]["test_loss"], float)))
