@@ -1,4 +1,7 @@
+import contextlib
+import io
 import os
+import urllib.request
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests spend their time compiling small programs, not running them; two devices are enough
@@ -26,3 +29,20 @@ def _compile_once(tmp_path_factory):
 def _own_folder(tmp_path, monkeypatch):
     """Tests write where pytest cleans up, whatever relative paths they use."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Answers every download with the same bytes; returns the list of addresses asked for."""
+
+    def serve(content):
+        asked = []
+
+        def urlopen(url, **_):
+            asked.append(url)
+            return contextlib.closing(io.BytesIO(content))
+
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        return asked
+
+    return serve

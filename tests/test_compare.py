@@ -209,6 +209,21 @@ def test_the_command_chooses_tasks_and_optimizers(capsys):
     assert "got 'digit'; did you mean 'digits'" in capsys.readouterr().err
 
 
+def test_a_bad_redo_or_folder_is_refused(small, tmp_path):
+    with pytest.raises(
+        ConfigError,
+        match="redo must name optimizers of the comparison, got 'dar'; did you mean 'dart'",
+    ):
+        compare.run(small, redo=["dar"], progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match="workdir must be a writable folder, got .*file/a' .*; pass another"
+    ):
+        compare.run(
+            dataclasses.replace(small, workdir=str(tmp_path / "file" / "a")), progress=False
+        )
+
+
 def test_damaged_results_are_refused(small):
     Path(small.workdir).mkdir()
     (Path(small.workdir) / "friedman.json").write_text("{")

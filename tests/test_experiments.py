@@ -345,19 +345,8 @@ def test_damaged_mnist(monkeypatch, tmp_path, capsys):
         assert "delete it and run again" in message
 
 
-def test_downloads_are_kept_and_checked(monkeypatch, tmp_path):
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def read(self):
-            return gzip.compress(b"something else")
-
-    asked = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: asked.append(url) or Response())
+def test_downloads_are_kept_and_checked(monkeypatch, tmp_path, serve):
+    asked = serve(gzip.compress(b"something else"))
     monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
     with pytest.raises(data.DataError, match="must be the published MNIST file"):
         data.load("mnist")

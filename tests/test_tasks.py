@@ -431,19 +431,8 @@ def test_missing_and_damaged_shakespeare(folder):
         data.shakespeare()
 
 
-def test_shakespeare_is_downloaded_once(monkeypatch, folder):
-    class Response:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def read(self):
-            return TEXT
-
-    asked = []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, **_: asked.append(url) or Response())
+def test_shakespeare_is_downloaded_once(monkeypatch, folder, serve):
+    asked = serve(TEXT)
     monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT).hexdigest())
     data.shakespeare()
     data.shakespeare()

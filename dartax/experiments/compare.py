@@ -321,9 +321,9 @@ def run_cell(
     return cell
 
 
-def geometric_mean(rates: Sequence[Sequence[float]]) -> np.ndarray:
-    """Over the first axis; NaN where a rate is 0, as at the end of a decay."""
-    array = np.array(rates)
+def geometric_mean(values: Sequence[Any]) -> np.ndarray:
+    """Over the first axis; NaN where a value is 0, as a rate at the end of a decay."""
+    array = np.array(values)
     return np.exp(np.mean(np.log(np.where(array > 0, array, np.nan)), axis=0))
 
 
@@ -357,8 +357,20 @@ def run(
       ConfigError: If an optimizer cannot be made, or the folder holds something else.
       DataError: If the data are missing or damaged.
     """
+    for name in redo:
+        if name not in config.optimizers:
+            raise ConfigError(
+                f"redo must name optimizers of the comparison, got {name!r}; "
+                f"{nearest(name, [*config.optimizers])}"
+            )
     workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
+            "pass another --workdir."
+        ) from error
     found = {task: read_cells(workdir, task) for task in config.tasks}
     missing = [
         (task, name)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dartax.experiments import compare
 from dartax.experiments.compare import CompareConfig
 
 Cells = Mapping[str, Mapping[str, Any]]
@@ -69,7 +70,7 @@ def width(values: Sequence[float], mean_loss: np.ndarray) -> float:
 
 def geometric_mean(values: Sequence[float]) -> float:
     """Geometric mean; NaN of nothing."""
-    return float(np.exp(np.mean(np.log(values)))) if len(values) else np.nan
+    return float(compare.geometric_mean(values)) if len(values) else np.nan
 
 
 def profile(steps: np.ndarray, taus: np.ndarray) -> np.ndarray:
