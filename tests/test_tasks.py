@@ -27,11 +27,13 @@ TINY = {
     "shakespeare": {"width": 8, "depth": 1, "heads": 2, "context": 6},
     "friedman": {"layers": (8, 8)},
     "burgers": {"layers": (8, 8)},
+    "quadratic": {"layers": (2, 3)},
 }
 METRICS = {
     "autoencoder": "mean squared error",
     "friedman": "mean squared error",
     "burgers": "relative L2 error",
+    "quadratic": "loss without noise",
 }
 TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 10
 
@@ -135,7 +137,7 @@ def test_bfloat16_is_that_of_parameters_and_activations(problem, small_files):
     assert {leaf.dtype for leaf in grads} == {jnp.dtype("bfloat16")}
     assert jax.eval_shape(task.test_loss, params, task.data).dtype == jnp.float32
     products = [line for line in str(program).splitlines() if "= dot_general[" in line]
-    assert products
+    assert products or problem == "quadratic"
     assert not [line for line in products if ":f32[" in line]
 
 
@@ -446,6 +448,21 @@ def test_mnist_may_be_packed(small_files):
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     np.testing.assert_array_equal(data.mnist().train_x, plain.train_x)
+
+
+def test_quadratic_gradients():
+    task = tasks.build(tiny("quadratic", batch_size=4))
+    params = task.init(jax.random.key(0))
+    curvature = 1 / np.arange(1.0, 6.0)
+    x = np.concatenate([params["x_0"], params["x_1"]])
+    assert x.shape == (5,)
+    np.testing.assert_allclose(task.test_loss(params, task.data), curvature @ x**2 / 2, rtol=1e-6)
+    gradients = jax.vmap(jax.grad(task.train_loss), (None, None, 0))(
+        params, task.data, jax.random.split(jax.random.key(1), 20_000)
+    )
+    gradients = np.concatenate([gradients["x_0"], gradients["x_1"]], axis=1)
+    np.testing.assert_allclose(gradients.mean(0), curvature * x, atol=0.02)
+    np.testing.assert_allclose(np.cov(gradients.T), np.diag(curvature / 4), atol=0.01)
 
 
 def test_friedman():

@@ -26,6 +26,7 @@ Problem = Literal[
     "shakespeare",
     "friedman",
     "burgers",
+    "quadratic",
 ]
 
 # Test examples evaluated at once: convolutions of a whole test set would not fit into memory.
@@ -64,9 +65,10 @@ class TaskConfig:
     steps: int
     """Number of batches."""
     batch_size: int = 64
-    """Examples per step; windows of text, or collocation points of burgers."""
+    """Examples per step; windows of text, collocation points of burgers, noise of quadratic."""
     layers: tuple[int, ...] = (128, 128)
-    """Hidden widths of an MLP, channels of a ConvNet, blocks per stage of a ResNet."""
+    """Hidden widths of an MLP, channels of a ConvNet, blocks per stage of a ResNet, lengths of the
+    vectors of quadratic."""
     width: int = 64
     """Features of the transformer; channels of the first stage of a ResNet."""
     depth: int = 2
@@ -150,6 +152,8 @@ def build(config: TaskConfig) -> Task:
             return _shakespeare(config)
         case "burgers":
             return _burgers(config)
+        case "quadratic":
+            return _quadratic(config)
 
 
 def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
@@ -350,4 +354,41 @@ def _burgers(config: TaskConfig) -> Task:
         test_loss=test_loss,
         data=tuple(jnp.asarray(column, jnp.float32) for column in grid),
         metric="relative L2 error",
+    )
+
+
+def _quadratic(config: TaskConfig) -> Task:
+    """The noisy quadratic model: 1/2 sum_i lambda_i x_i^2 with lambda_i = 1 / i.
+
+    The gradient of a batch has covariance diag(lambda) / batch_size (Zhang et al., 2019,
+    arXiv:1907.04164). x is cut into vectors of the lengths ``layers``.
+    """
+    if not config.layers:
+        raise ConfigError("layers must name the lengths of vectors, got (); pass e.g. (50, 50).")
+    curvature = 1 / jnp.arange(1.0, sum(config.layers) + 1)
+    noise_scale = jnp.sqrt(curvature / config.batch_size)
+
+    def init(key):
+        keys = jax.random.split(key, len(config.layers))
+        shapes = enumerate(zip(keys, config.layers, strict=True))
+        dtype = jnp.dtype(config.dtype)
+        return {f"x_{i}": jax.random.normal(key, (length,), dtype) for i, (key, length) in shapes}
+
+    def point(params):
+        return jnp.concatenate([x.astype(jnp.float32) for x in params.values()])
+
+    def test_loss(params, data):
+        return jnp.sum(data * point(params) ** 2) / 2
+
+    def train_loss(params, data, key):
+        noise = noise_scale * jax.random.normal(key, data.shape)
+        return test_loss(params, data) + jnp.sum(noise * point(params))
+
+    return Task(
+        init=init,
+        batches=lambda key: jax.random.split(key, config.steps),
+        train_loss=train_loss,
+        test_loss=test_loss,
+        data=curvature,
+        metric="loss without noise",
     )
