@@ -24,7 +24,12 @@ already while the flat ones still ask for more, and the decay of the schedule se
 later. For the same reason the rates never shrink because s is a little below 0: on a noisy
 objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2018,
 `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), the less so the longer its horizon. The
-second term is the retreat from rates that are clearly too high, or diverge.
+second term is the retreat from rates that are clearly too high. Where G_i is more than 10 times
+its root mean square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
+
+h looks back over steps as long as the present rates would make them, if those are shorter
+(``_transform.py``): otherwise a few steps that went too far would be regretted, and the rates go
+on shrinking, long after they are mended.
 """
 
 from typing import Any
@@ -62,6 +67,8 @@ SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 POOL = 0.3
 # Rates grow while s is above the first and shrink where it is below the second.
 GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
+# An opposing gradient so many times its root mean square divides the rate by as much.
+SURPRISE = 10.0
 # The greatest concentration of a block is at most this many times the level of the draws.
 MAX_RATIO = 1e6
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
@@ -130,6 +137,9 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         # At full speed where s is -1.
         retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
         change = growth_limit(rate, weight_rms, num) * grow - GROWTH * retreat
+        usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
+        diverges = (usual > 0) & (gradient > SURPRISE * usual)
+        change = jnp.where(diverges, -jnp.log(SURPRISE), change)
         moved = current * jnp.exp(jnp.append(change, 0.0))
 
         # The means do not change where all concentrations, the slack's too, grow by one factor.

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax import _blocks, random
+from dartax import _blocks, dirichlet, random
 from dartax._blocks import Blocks, PyTree
 
 VERSION = 2
@@ -150,7 +150,7 @@ def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
 
 def draw_shares(key: jax.Array, concentration: jax.Array) -> Draw:
     """One draw from the Dirichlet, in log space, with its implicit derivative."""
-    log_gamma = random.loggamma(key, concentration)
+    log_gamma = random.loggamma(key, concentration, method="fast")
     return Draw(
         share=jax.nn.softmax(log_gamma),
         log_derivative=random.log_derivative(log_gamma, concentration),
@@ -174,10 +174,10 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
 
 
 def accumulate(
-    direction: jax.Array, weight: jax.Array, last: jax.Array, horizon: Number
+    direction: jax.Array, weight: jax.Array, last: jax.Array, kept: jax.Array
 ) -> jax.Array:
-    """z_t = horizon * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
-    z = f32(horizon) * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
+    """z_t = kept * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
+    z = kept * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
     return z.astype(last.dtype)
 
 
@@ -286,7 +286,14 @@ def scale_by_dirichlet(
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
-        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
+        weight, kept = multiplier * jnp.ones_like(rates), f32(horizon) * jnp.ones_like(rates)
+        if rule.of_log:
+            # Steps weigh as much as their rates, past ones no more than the present mean rate.
+            weight *= rates - low
+            before, now = (
+                dirichlet.mean(c)[:num_blocks] for c in (state.concentration, concentration)
+            )
+            kept *= jnp.minimum(now / before, 1.0)
         new_state = ScaleByDartState(
             version=state.version,
             count=state.count,
@@ -303,10 +310,11 @@ def scale_by_dirichlet(
             min_rate=low,
             max_rate=high,
             last_direction=jax.tree.map(
-                functools.partial(accumulate, horizon=horizon),
+                accumulate,
                 direction,
                 _blocks.spread(weight, index, direction),
                 state.last_direction,
+                _blocks.spread(kept, index, direction),
             ),
             inner_state=inner_state,
         )

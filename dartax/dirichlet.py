@@ -35,7 +35,7 @@ def sample(key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] 
     """
     concentration = jnp.asarray(concentration)
     concentration = jnp.broadcast_to(concentration, (*shape, *concentration.shape))
-    return jax.nn.softmax(random.loggamma(key, concentration), axis=-1)
+    return jax.nn.softmax(random.loggamma(key, concentration, method="fast"), axis=-1)
 
 
 def log_prob(value: jax.Array, concentration: jax.Array) -> jax.Array:

@@ -117,6 +117,7 @@ def dart(
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
         g = gradient_of(params)
+        kept = np.full(K, horizon)
         if t > 0:
             h = np.zeros(K)
             for name in names:
@@ -125,17 +126,23 @@ def dart(
             grad = grad + 0.3 * grad.mean()
             m = b1 * m + (1 - b1) * grad
             trend = b_trend * trend + (1 - b_trend) * grad
+            usual = np.sqrt(v / (1 - b2 ** max(t - 1, 1)))
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
-            rate = min_rate + (max_rate - min_rate) * a[:K] / a.sum()
+            before = a[:K] / a.sum()
+            rate = min_rate + (max_rate - min_rate) * before
             for i in range(K):
                 limit = min(0.05, 20.0 / (1 + t))
                 limit = min(max(limit, limit * 1e-2 * rms[i] / rate[i]), 0.5)
                 grow = limit * np.clip(min(s[i], s_long[i]) + 0.3, 0, 1)
-                a[i] *= np.exp(grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1))
+                if usual[i] > 0 and grad[i] > 10 * usual[i]:
+                    a[i] /= 10
+                else:
+                    a[i] *= np.exp(grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1))
             a *= concentration / max(a[:K].min(), a[:K].max() / 1e6)
             a = np.clip(a, 1e-4, 1e30)
+            kept = horizon * np.minimum(a[:K] / a.sum() / before, 1)
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])
@@ -143,6 +150,6 @@ def dart(
         u = direction(g)
         u = {name: u[name] + weight_decay * params[name] for name in names}
         spent = rates - multiplier(t) * min_rate
-        z = {name: horizon * z[name] + spent[labels[name]] * u[name] for name in names}
+        z = {n: kept[labels[n]] * z[n] + spent[labels[n]] * u[n] for n in names}
         params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
         yield params, a.copy(), rates

@@ -33,7 +33,8 @@ def shared_draws(key):
 
     def draw(t, concentration):
         step_key = jax.random.fold_in(random.threefry_key(key), t)
-        return np.asarray(random.loggamma(step_key, jnp.asarray(concentration, jnp.float32)), float)
+        concentration = jnp.asarray(concentration, jnp.float32)
+        return np.asarray(random.loggamma(step_key, concentration, method="fast"), float)
 
     return draw
 
