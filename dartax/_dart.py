@@ -27,9 +27,8 @@ objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2
 second term is the retreat from rates that are clearly too high. Where G_i is more than 10 times
 its root mean square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
 
-h looks back over steps as long as the present rates would make them, if those are shorter
-(``_transform.py``): otherwise a few steps that went too far would be regretted, and the rates go
-on shrinking, long after they are mended.
+Where a rate is taken back, the past steps in h shrink by the same factor: otherwise a few that
+went too far would be regretted, and the rate go on shrinking, long after they are mended.
 """
 
 from typing import Any
@@ -146,7 +145,9 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         least, greatest = jnp.min(moved[:-1], initial=jnp.inf), jnp.max(moved[:-1], initial=0.0)
         level = jnp.maximum(least, greatest / MAX_RATIO)
         moved *= f32(concentration) / level
-        return jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION), Moments(mu, nu, trend)
+        moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
+        # Past steps count as no longer than the rate that was taken back would make them.
+        return moved, Moments(mu, nu, trend), jnp.exp(jnp.minimum(change, 0.0))
 
     return Rule(init, learn, of_log=True)
 
@@ -210,9 +211,10 @@ def scale_by_dart(
       ... )
       >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
-    A step with a non-finite gradient, or one so large that its inner product with past steps
-    leaves float32, is skipped: the updates are zero, and the state keeps all but its counters
-    ``count`` and ``skipped``.
+    A step with a non-finite gradient, one so large that its inner product with past steps
+    leaves float32, or a non-finite loss (where it is passed as ``update(..., value=loss)``) is
+    skipped: the updates are zero, and the state keeps all but its counters ``count`` and
+    ``skipped``.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)

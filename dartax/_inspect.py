@@ -11,7 +11,7 @@ import optax
 
 from dartax import dirichlet
 from dartax._blocks import PyTree, path_name
-from dartax._transform import ScaleByDartState
+from dartax._transform import ScaleByDartState, check_version
 
 
 def _is_state(node: Any) -> bool:
@@ -26,7 +26,9 @@ def _states(opt_state: PyTree) -> list[tuple[str, ScaleByDartState]]:
         if _is_state(node):
             labels = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
             # Flax nnx wraps every array in a variable, and [...] reads through it.
-            found.append(("/".join(labels), _map_arrays(node)))
+            state = _map_arrays(node)
+            check_version(state)
+            found.append(("/".join(labels), state))
     if not found:
         raise ValueError(
             f"opt_state must hold the state of a DART transform, got {type(opt_state).__name__} "

@@ -58,7 +58,7 @@ def paper_rule(
         nu = moving_average(moments.hyper_nu, gradient**2, b2)
         step = f32(eta) * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
-        return concentration, Moments(mu, nu, moments.hyper_trend)
+        return concentration, Moments(mu, nu, moments.hyper_trend), jnp.ones_like(h)
 
     return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn, of_log=False)
 

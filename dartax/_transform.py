@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dartax import _blocks, dirichlet, random
+from dartax import _blocks, random
 from dartax._blocks import Blocks, PyTree
 
 VERSION = 2
@@ -71,13 +72,14 @@ class Rule(NamedTuple):
         belong to the blocks; a further one is budget that no block spends.
       learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, number of
         hypergradients seen with this one, weight_rms ``[K]``) to the new concentration and
-        moments.
+        moments, and to what is kept of the memory of past steps, ``[K]`` in [0, 1].
       of_log: Whether the hypergradient is that of log pi, not that of the rates.
     """
 
     init: Callable[[int], jax.Array]
     learn: Callable[
-        [jax.Array, Draw, jax.Array, Moments, jax.Array, jax.Array], tuple[jax.Array, Moments]
+        [jax.Array, Draw, jax.Array, Moments, jax.Array, jax.Array],
+        tuple[jax.Array, Moments, jax.Array],
     ]
     of_log: bool
 
@@ -127,6 +129,22 @@ class ScaleByDartState(NamedTuple):
     max_rate: jax.Array
     last_direction: PyTree
     inner_state: PyTree
+
+
+def check_version(state: ScaleByDartState) -> None:
+    """Raises if ``state`` was saved by a dartax whose state had another layout.
+
+    A traced state, inside ``jax.jit``, cannot be read and passes.
+    """
+    if isinstance(state.version, jax.core.Tracer):
+        return
+    found = np.unique(np.asarray(state.version))  # vmapped states have several
+    if np.any(found != VERSION):
+        raise ValueError(
+            f"state must have version {VERSION}, got {', '.join(map(str, found))} from another "
+            "dartax; go on with the dartax that saved it, or keep the parameters and call init: "
+            "the rates are learned again within some hundred updates."
+        )
 
 
 def f32(value: Any) -> jax.Array:
@@ -243,6 +261,7 @@ def scale_by_dirichlet(
                 f"state must be a ScaleByDartState, got {type(state).__name__}; pass what init or "
                 "the last update returned, and restore checkpoints into it."
             )
+        check_version(state)
         _blocks.check_updates("updates", updates, state.last_direction)
         updates = jax.tree.map(jnp.asarray, updates)
         gradient = extra_args.get("grad")
@@ -257,9 +276,11 @@ def scale_by_dirichlet(
         if gradient is not None:
             h = -_blocks.block_dots(gradient, state.last_direction, index, num_blocks)
             finite &= jnp.all(jnp.isfinite(h))
+        if extra_args.get("value") is not None:
+            finite &= jnp.all(jnp.isfinite(extra_args["value"]))
 
         # 2. Move the concentrations. The first update has no step behind it.
-        concentration, moments = rule.learn(
+        concentration, moments, kept = rule.learn(
             state.concentration,
             state.last_draw,
             h,
@@ -286,14 +307,7 @@ def scale_by_dirichlet(
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
-        weight, kept = multiplier * jnp.ones_like(rates), f32(horizon) * jnp.ones_like(rates)
-        if rule.of_log:
-            # Steps weigh as much as their rates, past ones no more than the present mean rate.
-            weight *= rates - low
-            before, now = (
-                dirichlet.mean(c)[:num_blocks] for c in (state.concentration, concentration)
-            )
-            kept *= jnp.minimum(now / before, 1.0)
+        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
         new_state = ScaleByDartState(
             version=state.version,
             count=state.count,
@@ -314,7 +328,7 @@ def scale_by_dirichlet(
                 direction,
                 _blocks.spread(weight, index, direction),
                 state.last_direction,
-                _blocks.spread(kept, index, direction),
+                _blocks.spread(f32(horizon) * kept, index, direction),
             ),
             inner_state=inner_state,
         )

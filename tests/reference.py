@@ -130,19 +130,18 @@ def dart(
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
-            before = a[:K] / a.sum()
-            rate = min_rate + (max_rate - min_rate) * before
+            rate = min_rate + (max_rate - min_rate) * a[:K] / a.sum()
             for i in range(K):
                 limit = min(0.05, 20.0 / (1 + t))
                 limit = min(max(limit, limit * 1e-2 * rms[i] / rate[i]), 0.5)
                 grow = limit * np.clip(min(s[i], s_long[i]) + 0.3, 0, 1)
+                change = grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
                 if usual[i] > 0 and grad[i] > 10 * usual[i]:
-                    a[i] /= 10
-                else:
-                    a[i] *= np.exp(grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1))
+                    change = -np.log(10)
+                a[i] *= np.exp(change)
+                kept[i] *= min(np.exp(change), 1)
             a *= concentration / max(a[:K].min(), a[:K].max() / 1e6)
             a = np.clip(a, 1e-4, 1e30)
-            kept = horizon * np.minimum(a[:K] / a.sum() / before, 1)
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])

@@ -16,7 +16,9 @@ from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by
 
 def frozen(rule: Rule) -> Rule:
     """The concentrations stay where they start."""
-    return rule._replace(learn=lambda current, draw, h, moments, num, rms: (current, moments))
+    return rule._replace(
+        learn=lambda current, draw, h, moments, num, rms: (current, moments, jnp.ones_like(h))
+    )
 
 
 def shuffled(rule: Rule) -> Rule:
@@ -49,12 +51,13 @@ def no_ratchet(rule: Rule) -> Rule:
     """Rates shrink as readily as they grow."""
 
     def learn(current, draw, h, moments, num, rms):
-        _, moments = rule.learn(current, draw, h, moments, num, rms)
+        _, moments, _ = rule.learn(current, draw, h, moments, num, rms)
         change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * _moves(moments, num)
         moved = current * jnp.exp(jnp.append(change, 0.0))
         # The least concentration of a block stays what it is at the start: the level of the draws.
         moved *= jnp.min(current[:-1]) / jnp.min(moved[:-1])
-        return jnp.clip(moved, _dart.MIN_CONCENTRATION, _dart.MAX_CONCENTRATION), moments
+        moved = jnp.clip(moved, _dart.MIN_CONCENTRATION, _dart.MAX_CONCENTRATION)
+        return moved, moments, jnp.ones_like(h)
 
     return rule._replace(learn=learn)
 
@@ -68,11 +71,11 @@ def no_slack(rule: Rule) -> Rule:
     def learn(current, draw, h, moments, num, rms):
         # The slack is there again, but too small to be drawn.
         padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
-        _, moments = rule.learn(jnp.append(current, 1.0), padded, h, moments, num, rms)
+        _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, num, rms)
         s = _moves(moments, num)
         change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * (s - jnp.mean(s))
         moved = current * jnp.exp(change)
-        return jnp.clip(moved, _dart.MIN_CONCENTRATION, 1e6), moments
+        return jnp.clip(moved, _dart.MIN_CONCENTRATION, 1e6), moments, jnp.ones_like(h)
 
     return rule._replace(init=init, learn=learn)
 
