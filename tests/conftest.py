@@ -4,11 +4,11 @@ import os
 import urllib.request
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests spend their time compiling small programs, not running them; two devices are enough
-# to see whether arrays stay sharded.
+# The tests spend their time compiling small programs, not running them; those of
+# test_devices.py need eight devices.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
 )
 
 import jax

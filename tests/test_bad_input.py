@@ -135,6 +135,24 @@ def test_state_of_another_kind():
         sentence(caught)
 
 
+def test_state_of_another_version():
+    params = {"w": jnp.ones(2)}
+    optimizer = dartax.dart()
+    state = optimizer.init(params)
+    old = (state[0]._replace(version=jnp.asarray(1, jnp.int32)), *state[1:])
+    for call in (
+        lambda: optimizer.update(params, old, params),
+        lambda: dartax.learning_rates(old, params),
+        lambda: dartax.metrics(old),
+        lambda: dartax.describe(old, params),
+    ):
+        with pytest.raises(
+            ValueError, match="state must have version 2, got 1 .* call init"
+        ) as error:
+            call()
+        sentence(error)
+
+
 def test_describe_inside_jit():
     state = dartax.dart().init(PARAMS)
     with pytest.raises(TypeError, match="must hold concrete arrays, got a tracer") as caught:

@@ -1,0 +1,174 @@
+"""On eight virtual devices a run ends where it ends on one, and moves no more data than Adam's."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import dartax
+
+P = PartitionSpec
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 8, reason="XLA_FLAGS were set to fewer than eight devices"
+)
+
+# Name: mesh shape, and the specs of kernels, biases and the batch.
+LAYOUTS = {
+    "data parallel": ((8,), P(), P(), P("x")),
+    "fully sharded": ((8,), P("x"), P("x"), P("x")),
+    "tensor parallel": ((8,), P(None, "x"), P("x"), P()),
+    "two axes": ((4, 2), P("x", "y"), P("y"), P("x")),
+}
+STEPS = 6
+
+
+def make_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [{"kernel": jax.random.normal(key, (16, 16)) / 4, "bias": jnp.zeros(16)} for key in keys]
+
+
+def loss_fn(params, x):
+    for layer in params:
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"][None])
+    return jnp.mean((x - 0.5) ** 2)
+
+
+def assert_close(tree, expected):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), tree, expected
+    )
+
+
+def step(optimizer, params, state, x):
+    grads = jax.grad(loss_fn)(params, x)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def train(optimizer, params, batches):
+    state = optimizer.init(params)
+    jitted = jax.jit(functools.partial(step, optimizer))
+    for x in batches:
+        params, state = jitted(params, state, x)
+    return params, state, jitted
+
+
+def placed(layout):
+    shape, kernel, bias, batch = LAYOUTS[layout]
+    types = (AxisType.Auto,) * len(shape)
+    mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], axis_types=types)
+    params = [
+        {
+            "kernel": jax.device_put(layer["kernel"], NamedSharding(mesh, kernel)),
+            "bias": jax.device_put(layer["bias"], NamedSharding(mesh, bias)),
+        }
+        for layer in make_params()
+    ]
+    return params, NamedSharding(mesh, batch)
+
+
+def collectives(jitted, *arguments):
+    """How often the compiled step moves an array of which shape, by which operation."""
+    text = jitted.lower(*arguments).compile().as_text()
+    found = collections.Counter()
+    pattern = (
+        r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+    )
+    for shapes, operation, _ in re.findall(pattern, text):
+        for shape in re.findall(r"\w+\[[\d,]*\]", shapes):
+            found[operation, shape] += 1
+    return found
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    batches = jax.random.normal(jax.random.key(1), (STEPS, 16, 16))
+    params, state, _ = train(dartax.dart(init_rate=1e-3), make_params(), batches)
+    return batches, params, state
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ends_where_one_device_ends(layout, on_one_device):
+    batches, expected, expected_state = on_one_device
+    params, batch_sharding = placed(layout)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    batches = [jax.device_put(x, batch_sharding) for x in batches]
+    optimizer = dartax.dart(init_rate=1e-3)
+    after, state, jitted = train(optimizer, params, batches)
+
+    assert_close(after, expected)
+    found, wanted = (optax.tree.get(s, "concentration") for s in (state, expected_state))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+    # State lies where its parameters lie, and every device has the same draw.
+    dart_state = state[0]
+    moments = dart_state.inner_state[0]
+    for tree in (after, dart_state.last_direction, moments.mu, moments.nu):
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for vector in (dart_state.concentration, dart_state.last_rates, dart_state.hypergradient):
+        assert vector.sharding.is_fully_replicated
+        shards = [np.asarray(shard.data) for shard in vector.addressable_shards]
+        assert all(np.array_equal(shard, shards[0]) for shard in shards)
+
+    # Beside what Adam's step moves there is a scalar to sum for each tensor along each axis of the
+    # mesh, nothing else.
+    adam = optax.adam(1e-3)
+    adam_step = jax.jit(functools.partial(step, adam))
+    extra = collectives(jitted, after, state, batches[0]) - collectives(
+        adam_step, params, adam.init(params), batches[0]
+    )
+    assert set(extra) <= {("all-reduce", "f32[]")}
+    assert sum(extra.values()) <= len(jax.tree.leaves(params)) * len(LAYOUTS[layout][0])
+
+
+def test_explicit_mesh(on_one_device):
+    batches, expected, _ = on_one_device
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(make_params(), NamedSharding(mesh, P()))
+        batches = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in batches]
+        after, state, _ = train(dartax.dart(init_rate=1e-3), params, batches)
+    assert_close(after, expected)
+    assert state[0].concentration.sharding.is_fully_replicated
+
+
+def test_shard_map_over_the_data(on_one_device):
+    batches, expected, _ = on_one_device
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    optimizer = dartax.dart(init_rate=1e-3)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("x")), out_specs=(P(), P()))
+    def sharded_step(params, state, x):
+        # Replicated parameters make JAX sum the gradient over the devices itself.
+        grads = jax.grad(lambda p: loss_fn(p, x) / 8)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = make_params()
+    state = optimizer.init(params)
+    for x in batches:
+        params, state = sharded_step(params, state, x)
+    assert_close(params, expected)
+
+
+@pytest.mark.parametrize("make", [dartax.dart, dartax.paper_dart])
+def test_update_lowers_for_every_platform(make):
+    optimizer, params = make(), make_params()
+    state = optimizer.init(params)
+    exported = jax.export.export(
+        jax.jit(optimizer.update), platforms=("cpu", "cuda", "rocm", "tpu")
+    )(params, state, params)
+    assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+    got, expected = (
+        exported.call(params, state, params),
+        jax.jit(optimizer.update)(params, state, params),
+    )
+    assert_close(got[0], expected[0])
