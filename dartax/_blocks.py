@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
@@ -22,11 +23,14 @@ def path_name(path: tuple[Any, ...]) -> str:
 def check_params(params: PyTree) -> None:
     """Raises unless ``params`` has leaves and all are real floating arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
+
     # Nodes of optax without leaves are no mistake: the MaskedNode of a partition label that nobody
     # has, and the placeholder that optax.tree.map_params calls init with.
-    containers = (dict, list, tuple, type(None))
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: not isinstance(node, containers))
-    if not nodes:
+    def is_node(node: Any) -> bool:
+        containers = (dict, list, tuple, type(None))
+        return isinstance(node, optax.MaskedNode) or not isinstance(node, containers)
+
+    if not jax.tree.leaves(params, is_leaf=is_node):
         raise ValueError(
             f"params must have at least one array, got the empty tree {params!r}; "
             "pass the parameters of your model."
