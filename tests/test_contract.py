@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dartax
 
@@ -373,24 +372,6 @@ def test_decoupled_decay_takes_the_learned_rate_where_the_mask_says():
     np.testing.assert_allclose(updates["scale"], 0.0)
     np.testing.assert_allclose(
         updates["dense"]["bias"], -0.5 * rates["dense"]["bias"] * params["dense"]["bias"], rtol=1e-6
-    )
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="XLA_FLAGS were set to a single device")
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_parameters(kind):
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
-    params = {"kernel": jnp.arange(8.0).reshape(4, 2), "bias": jnp.ones(2)}
-    _, expected = trained(dartax.dart(weight_decay=0.1), params, steps=2)
-    rows = NamedSharding(mesh, PartitionSpec("x"))
-    sharded = jax.device_put(params, rows)
-    with jax.set_mesh(mesh):
-        after, state = trained(dartax.dart(weight_decay=0.1), sharded, steps=2)
-    for tree in (after, optax.tree.get(state, "last_direction")):
-        for leaf in jax.tree.leaves(tree):
-            assert leaf.sharding.is_equivalent_to(rows, leaf.ndim)
-    np.testing.assert_allclose(
-        *(optax.tree.get(s, "concentration") for s in (state, expected)), rtol=1e-5
     )
 
 
