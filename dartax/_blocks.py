@@ -10,6 +10,7 @@ import optax
 
 PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
+BlockIndex = tuple[jax.Array, ...] | jax.Array
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -74,7 +75,7 @@ def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
     )
 
 
-def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
+def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
     """Numbers the blocks in the order in which their first leaf appears.
 
     Args:
@@ -84,7 +85,7 @@ def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
         ``"Dense_0/kernel"``, to its label. Leaves with equal labels share a block.
 
     Returns:
-      The block of every leaf, int32 ``[n]``, and the number of blocks K.
+      The block of each of the n leaves, and the number of blocks K.
 
     Raises:
       ValueError: If a pytree of labels does not fit ``params``.
@@ -113,10 +114,20 @@ def block_index(params: PyTree, blocks: Blocks) -> tuple[np.ndarray, int]:
         raise TypeError(
             f"blocks must give hashable labels, got {labels!r}; use strings or ints."
         ) from error
-    return np.asarray(index, np.int32).reshape(-1), len(number)
+    return index, len(number)
 
 
-def block_dots(left: PyTree, right: PyTree, index: jax.Array, num_blocks: int) -> jax.Array:
+def block_index(numbers: list[int]) -> BlockIndex:
+    """The block of every leaf as arrays of their own, so that the state can hold them.
+
+    A constant index into the rates would make every leaf's kernels a program of their own, at some
+    10 ms of compilation each. As arguments they leave one program for all leaves of a shape.
+    """
+    # A field without an array is no place for optax.tree.map_params, whose tree has no leaves.
+    return tuple(jnp.asarray(number, jnp.uint32) for number in numbers) or jnp.zeros(0, jnp.uint32)
+
+
+def block_dots(left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int) -> jax.Array:
     """Inner product of two trees over every block, accumulated in float32; ``[K]``."""
     dots = [
         jnp.sum(jnp.asarray(x).astype(jnp.float32) * y.astype(jnp.float32))
@@ -124,17 +135,17 @@ def block_dots(left: PyTree, right: PyTree, index: jax.Array, num_blocks: int) -
     ]
     if not dots:
         return jnp.zeros(num_blocks, jnp.float32)
-    return jnp.zeros(num_blocks, jnp.float32).at[index].add(jnp.stack(dots))
+    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(jnp.stack(dots))
 
 
-def spread(values: jax.Array, index: jax.Array, tree: PyTree) -> PyTree:
+def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
     """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
     structure: Any = jax.tree.structure(tree)
-    per_leaf = values[index]
-    return jax.tree.unflatten(structure, [per_leaf[i] for i in range(structure.num_leaves)])
+    scalars = [jax.lax.dynamic_slice(values, [block], [1]).reshape(()) for block in index]
+    return jax.tree.unflatten(structure, scalars)
 
 
-def matrix_rms(tree: PyTree, index: np.ndarray, num_blocks: int) -> jax.Array:
+def matrix_rms(tree: PyTree, numbers: list[int], num_blocks: int) -> jax.Array:
     """Root mean square of the elements of every block's matrices, ``[K]``; 0 without any.
 
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
@@ -144,6 +155,6 @@ def matrix_rms(tree: PyTree, index: np.ndarray, num_blocks: int) -> jax.Array:
         lambda leaf: jnp.asarray(leaf) if jnp.ndim(leaf) >= 2 else jnp.zeros(0), tree
     )
     size = np.zeros(num_blocks, np.float32)
-    np.add.at(size, index, [leaf.size for leaf in jax.tree.leaves(matrices)])
-    squares = block_dots(matrices, matrices, jnp.asarray(index), num_blocks)
+    np.add.at(size, numbers, [leaf.size for leaf in jax.tree.leaves(matrices)])
+    squares = block_dots(matrices, matrices, block_index(numbers), num_blocks)
     return jnp.sqrt(squares / np.maximum(size, 1))

@@ -91,9 +91,9 @@ def _blocks_to_leaves(
     leaves, structure = jax.tree.flatten(params)
     result: list[Any] = [jnp.asarray(jnp.nan, jnp.float32)] * len(leaves)
     for _, state in _states(opt_state):
-        per_leaf = values(state)[state.block_index]
-        for position, leaf in enumerate(_own_leaves(state, params)):
-            result[leaf] = per_leaf[position]
+        per_block = values(state)
+        for block, leaf in zip(state.block_index, _own_leaves(state, params), strict=True):
+            result[leaf] = per_block[block]
     return jax.tree.unflatten(structure, result)
 
 

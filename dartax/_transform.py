@@ -31,9 +31,9 @@ import numpy as np
 import optax
 
 from dartax import _blocks, random
-from dartax._blocks import Blocks, PyTree
+from dartax._blocks import BlockIndex, Blocks, PyTree
 
-VERSION = 2
+VERSION = 3
 
 Number = jax.Array | float
 
@@ -96,7 +96,7 @@ class ScaleByDartState(NamedTuple):
       skipped: Number of updates that were skipped for a non-finite gradient or schedule, int32.
       key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in.
         Raw, because serializers do not know typed keys.
-      block_index: Block of every parameter leaf, int32 ``[n]``.
+      block_index: Block of every parameter leaf, n uint32 scalars in the order of the leaves.
       concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
       moments: Moving averages of its gradient.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
@@ -117,7 +117,7 @@ class ScaleByDartState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
     skipped: jax.Array
     key: jax.Array
-    block_index: jax.Array
+    block_index: BlockIndex
     concentration: jax.Array
     moments: Moments
     weight_rms: jax.Array
@@ -203,13 +203,15 @@ def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array
     """``rate * direction`` in the dtype of the direction, or 0; multiplied in float32 at least."""
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
     scaled = rate.astype(dtype) * direction.astype(dtype)
-    return jnp.where(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
+    return jax.lax.select(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
 
 
 def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
+    if new is old:
+        return old
     new, old = jnp.asarray(new), jnp.asarray(old)
-    return jnp.where(finite, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+    return jax.lax.select(finite, new.astype(old.dtype), old)
 
 
 def scale_by_dirichlet(
@@ -230,7 +232,7 @@ def scale_by_dirichlet(
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
-        index, num_blocks = _blocks.block_index(params, blocks)
+        numbers, num_blocks = _blocks.number_blocks(params, blocks)
         concentration = rule.init(num_blocks)
         # One buffer for each field: a donated state must not hold an array twice.
         per_component = lambda: jnp.zeros_like(concentration)  # noqa: E731
@@ -241,10 +243,10 @@ def scale_by_dirichlet(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
             key=jnp.array(jax.random.key_data(random.threefry_key(key))),
-            block_index=jnp.asarray(index),
+            block_index=_blocks.block_index(numbers),
             concentration=concentration,
             moments=Moments(hyper_mu=per_block(), hyper_nu=per_block(), hyper_trend=per_block()),
-            weight_rms=_blocks.matrix_rms(params, index, num_blocks),
+            weight_rms=_blocks.matrix_rms(params, numbers, num_blocks),
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),
             last_rates=per_block(),

@@ -147,7 +147,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 2, got 1 .* call init"
+            ValueError, match="state must have version 3, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

@@ -1,4 +1,4 @@
-import csv
+import dataclasses
 import gzip
 import json
 import os
@@ -12,49 +12,23 @@ import urllib.request
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_folders import assert_same_run, rows_of
 
-from dartax.experiments import cli, data, plots
+from dartax.experiments import cli, data, devices, optimizers, plots, run_folder
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ConfigError, ModelConfig, OptimizerConfig
 from dartax.experiments.run_folder import Checkpoints, read_metrics
 from dartax.experiments.train import train_and_evaluate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SMALL = ["--epochs", "4", "--model.hidden", "16", "--log-steps", "10", "--seed", "5"]
-
-
-def rows_of(workdir):
-    """metrics.csv as text, without the column of wall times."""
-    with (Path(workdir) / "metrics.csv").open() as file:
-        return [
-            {name: cell for name, cell in row.items() if name != "wall_s"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def final_state(workdir):
-    """The arrays of the last checkpoint."""
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager((Path(workdir) / "checkpoints").absolute()) as manager:
-        step = manager.latest_step()
-        return step, jax.tree.leaves(manager.restore(step, args=ocp.args.StandardRestore()))
-
-
-def assert_same_run(first, second):
-    assert rows_of(first) == rows_of(second)
-    (step, leaves), (other_step, other_leaves) = final_state(first), final_state(second)
-    assert step == other_step
-    for leaf, other in zip(leaves, other_leaves, strict=True):
-        np.testing.assert_array_equal(leaf, other)
+SMALL = ["--epochs", "4", "--model.hidden", "16", "--log-steps", "10", "--seed", "5", "--mesh", "1"]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_build(path):
-    from dartax.experiments import optimizers
-
     config = config_lib.load(path)
     optimizers.build(config.optimizer, steps=10)
     assert config.workdir == f"runs/{path.stem}"
@@ -198,6 +172,7 @@ def small_config(workdir, epochs=4):
         epochs=epochs,
         workdir=str(workdir),
         checkpoint_seconds=0.0,
+        mesh=(1,),
         model=ModelConfig(hidden=(16,)),
     )
 
@@ -225,6 +200,76 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends():
     train_and_evaluate(small_config("runs/killed", epochs), progress=False)
     train_and_evaluate(small_config("runs/whole", epochs), progress=False)
     assert_same_run("runs/killed", "runs/whole")
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="XLA_FLAGS were set to fewer than eight devices")
+def test_a_mesh_ends_where_one_device_ends_and_takes_over_its_run():
+    one = small_config("runs/one")
+    train_and_evaluate(one, progress=False)
+    for mesh in ((8,), (2, 4)):
+        workdir = f"runs/{len(mesh)}"
+        config = dataclasses.replace(one, workdir=workdir, mesh=mesh)
+        summary = train_and_evaluate(config, progress=False)
+        assert summary["mesh"] == [*mesh, 1][:2]
+        for row, expected in zip(rows_of(workdir), rows_of("runs/one"), strict=True):
+            for name, cell in expected.items():
+                assert bool(row[name]) == bool(cell)
+                if cell:
+                    assert float(row[name]) == pytest.approx(float(cell), rel=1e-3, abs=1e-5), name
+    # The checkpoint of eight devices goes on, on one.
+    Path("runs/2/summary.json").unlink()
+    summary = train_and_evaluate(dataclasses.replace(one, workdir="runs/2"), progress=False)
+    assert summary["mesh"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch_size", "match"),
+    [
+        ((3, 3), 64, r"mesh must have at most the 8 devices that JAX finds, got \[3, 3\]; pass e.g. --mesh 8"),
+        ((6,), 64, "batch_size must be a multiple of the 6 devices of the data axis, got 64; pass --batch-size 60"),
+        ((0,), 64, r"mesh must hold one or two numbers of devices, each at least 1, got \[0\]"),
+        ((2, 2, 2), 64, r"mesh must hold one or two numbers of devices, each at least 1, got \[2, 2, 2\]"),
+    ],
+)  # fmt: skip
+def test_bad_mesh(mesh, batch_size, match):
+    with pytest.raises(ConfigError, match=match):
+        devices.make_mesh(Config(mesh=mesh).mesh, batch_size)
+
+
+def test_all_devices_are_used_that_divide_a_batch():
+    assert devices.make_mesh((), 8 * 5).size == jax.device_count()
+    assert devices.make_mesh((), 1).size == 1
+
+
+@pytest.mark.parametrize("name", list(optimizers.FACTORY))
+def test_state_lies_where_its_parameters_lie(name):
+    params = jax.eval_shape(lambda: {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)})
+    optimizer = optimizers.build(OptimizerConfig(name=name), steps=10)
+    state = jax.eval_shape(optimizer.init, params)
+    mesh = devices.make_mesh((1, min(2, jax.device_count())), 1)
+    where, state_where = devices.state_shardings(mesh, optimizer, params, state)
+    assert where["kernel"].spec == jax.P(None, devices.MODEL)
+    state = jax.jit(
+        lambda: optimizer.init(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)),
+        out_shardings=state_where,
+    )()
+    for leaf in jax.tree.leaves(state):
+        expected = jax.P(*[None] * (leaf.ndim - 1), devices.MODEL)
+        split = leaf.shape in ((4, 8), (8,))
+        assert leaf.sharding.spec == (expected if split else jax.P()), (leaf.shape, leaf.sharding)
+
+
+def test_checkpoints_of_another_layout_are_refused(capsys, monkeypatch):
+    train_and_evaluate(small_config("runs/old"), progress=False)
+    Path("runs/old/summary.json").unlink()
+    before = sorted(Path("runs/old").rglob("*"))
+    monkeypatch.setattr(run_folder, "VERSION", 99)
+    with pytest.raises(
+        ConfigError,
+        match=r"workdir must hold checkpoints of state version 99, got version \d+ in 'runs/old/checkpoints'; end that run with the dartax that began it",
+    ):
+        train_and_evaluate(small_config("runs/old"), progress=False)
+    assert sorted(Path("runs/old").rglob("*")) == before
 
 
 def test_damaged_and_half_written_checkpoints_are_not_picked_up(capsys):

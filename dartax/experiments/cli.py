@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
         add_help=False,
     )
     train_parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file of the run")
+    train_parser.add_argument("--distributed", action="store_true")
+    train_parser.add_argument("--coordinator", metavar="HOST:PORT")
+    train_parser.add_argument("--processes", type=int, metavar="N")
+    train_parser.add_argument("--process-id", type=int, metavar="I")
     compare_parser = commands.add_parser(
         "compare",
         help="compare optimizers on tasks as a TOML file says",
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     try:
-        from dartax.experiments import config, data, plots, train
+        from dartax.experiments import config, data, devices, plots, train
     except ModuleNotFoundError as error:
         print(
             f"dartax: the command needs the package {error.name}; pip install 'dartax[train]'.",
@@ -62,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             config.override(config.Config(), [a for a in rest if a in ("-h", "--help")], prog)
             parser.error("train needs CONFIG, a TOML file such as configs/digits.toml")
         chosen = config.override(config.load(arguments.config), rest, prog)
+        where = (arguments.coordinator, arguments.processes, arguments.process_id)
+        if arguments.distributed or where != (None, None, None):
+            devices.join_processes(*where)
         summary = train.train_and_evaluate(chosen)
     except (config.ConfigError, data.DataError) as error:
         print(f"dartax: {error}", file=sys.stderr)
@@ -69,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ndartax: stopped; the same command resumes the run.", file=sys.stderr)
         return 130
+    if not devices.is_first_process():
+        return 0
     workdir = Path(chosen.workdir)
     if (workdir / "rates.txt").exists():
         print((workdir / "rates.txt").read_text(), end="")

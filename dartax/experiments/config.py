@@ -89,7 +89,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. Nested keys take a dot on the command line: --optimizer.schedule cosine."""
+    """One run. Nested keys take a dot on the command line: --optimizer.schedule cosine.
+
+    As one of several processes: --distributed, where JAX knows the cluster, or
+    --coordinator HOST:PORT --processes N --process-id I. All of them see one workdir.
+    """
 
     dataset: Literal["digits", "mnist"] = "digits"
     """What to learn."""
@@ -101,6 +105,8 @@ class Config:
     """Seed of the initial parameters and of the order of the data."""
     workdir: str = "runs/digits"
     """Run folder; a run that it already holds is resumed."""
+    mesh: tuple[int, ...] = ()
+    """Devices that share a batch and, if given, those that share each parameter; [] takes all."""
     log_steps: int = 20
     """Steps per row of metrics.csv; an epoch's last row may cover fewer."""
     checkpoint_seconds: float = 5.0
@@ -116,6 +122,11 @@ class Config:
                 raise ConfigError(
                     f"{name} must be an int of at least 1, got {getattr(self, name)}; raise it."
                 )
+        if len(self.mesh) > 2 or any(size < 1 for size in self.mesh):
+            raise ConfigError(
+                "mesh must hold one or two numbers of devices, each at least 1, got "
+                f"{list(self.mesh)}; pass e.g. --mesh 4 2, or leave it out to use all."
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be an int in [0, 2**32), got {self.seed}; pass 0.")
         if not self.workdir:

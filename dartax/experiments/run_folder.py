@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dartax._transform import VERSION
 from dartax.experiments.config import ConfigError
 
 PyTree = Any
@@ -57,8 +58,14 @@ def _step(line: str) -> float:
 class MetricsFile:
     """``metrics.csv``: a header, then a row per logging interval, flushed as it is written."""
 
-    def __init__(self, path: Path, columns: list[str], last_step: int):
-        """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run."""
+    def __init__(self, path: Path | None, columns: list[str], last_step: int):
+        """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run.
+
+        Without a path the rows go nowhere: of several processes only one writes.
+        """
+        self._file = None
+        if path is None:
+            return
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines[1:] if line.endswith("\n") and _step(line) <= last_step]
         write_whole(path, ",".join(columns) + "\n" + "".join(kept))
@@ -67,22 +74,39 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row; columns that it does not name stay empty."""
-        self._writer.writerow(row)
-        self._file.flush()
+        if self._file is not None:
+            self._writer.writerow(row)
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Checkpoints:
     """Orbax checkpoints, named by step; a half-written one is never picked up."""
 
     def __init__(self, path: Path):
-        """Opens the folder ``path``, making it where it is missing."""
+        """Opens the folder ``path``, making it where it is missing.
+
+        Raises:
+          ConfigError: If its checkpoints were saved by a dartax with another layout of the state.
+        """
         self._manager = ocp.CheckpointManager(
-            path.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            path.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+            metadata={"state_version": VERSION},  # kept from the first time that this is opened
         )
+        metadata: Any = self._manager.metadata()
+        saved = (metadata.custom_metadata or {}).get("state_version", "none")
+        if saved != VERSION and self._manager.all_steps():
+            self._manager.close()
+            raise ConfigError(
+                f"workdir must hold checkpoints of state version {VERSION}, got version {saved} in "
+                f"{str(path)!r}; end that run with the dartax that began it, or start again with "
+                "another --workdir."
+            )
 
     def save(self, step: int, tree: PyTree) -> None:
         """Saves ``tree`` as of ``step``, writing in the background."""

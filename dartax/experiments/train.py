@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import dartax
 from dartax.experiments import config as config_lib
-from dartax.experiments import data, optimizers, plots
+from dartax.experiments import data, devices, optimizers, plots
 from dartax.experiments.config import Config, ConfigError
 from dartax.experiments.models import MLP
 from dartax.experiments.run_folder import (
@@ -101,27 +101,30 @@ def compile_functions(
     model: MLP,
     optimizer: optax.GradientTransformationExtraArgs,
     dataset: data.Dataset,
+    mesh: jax.sharding.Mesh,
+    state_shardings: TrainState,
 ) -> Functions:
-    """Puts the data on the device and closes the functions of the run over it."""
-    train_x, train_y = jnp.asarray(dataset.train_x), jnp.asarray(dataset.train_y)
-    test_x, test_y = jnp.asarray(dataset.test_x), jnp.asarray(dataset.test_y)
+    """Puts the data on every device of the mesh and closes the functions of the run over it."""
+    everywhere = devices.replicated(mesh)
+    train_x, train_y = jax.device_put((dataset.train_x, dataset.train_y), everywhere)
+    test_x, test_y = jax.device_put((dataset.test_x, dataset.test_y), everywhere)
     steps_per_epoch = len(train_x) // config.batch_size
     shuffle_key = jax.random.fold_in(jax.random.key(config.seed), 1)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def shuffle(epoch):
         """Indices of the batches of an epoch, ``[steps_per_epoch, batch_size]``."""
         order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), len(train_x))
         return order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1)
 
     # The data are arguments: as constants they would be copied into the program.
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, everywhere))
     def interval(state, x, y, batches, first, last):
         """Steps ``first`` to ``last`` of an epoch; returns the mean loss. One compilation."""
 
         def step(i, carry):
             (params, opt_state), total = carry
-            batch = batches[i]
+            batch = devices.split_batch(mesh, batches[i])
             loss, grads = jax.value_and_grad(functools.partial(loss_fn, model))(
                 params, x[batch], y[batch]
             )
@@ -131,13 +134,13 @@ def compile_functions(
         state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros([])))
         return state, total / (last - first)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def evaluate(state, x, y):
         params = optimizers.eval_params(config.optimizer, state.opt_state, state.params)
         logits: Any = model.apply({"params": params}, x)
         return cross_entropy(logits, y), jnp.mean(jnp.argmax(logits, -1) == y)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def rates(state):
         row = {}
         for column, accessor in BLOCK_COLUMNS.items():
@@ -187,33 +190,46 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
         )
     optimizer = optimizers.build(config.optimizer, total_steps)
     model = MLP(config.model.hidden, dataset.num_classes)
-    init_key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    params = model.init(init_key, jnp.asarray(dataset.train_x[:1]))["params"]
+    mesh = devices.make_mesh(config.mesh, config.batch_size)
+
+    def init():
+        key = jax.random.fold_in(jax.random.key(config.seed), 0)
+        params = model.init(key, jnp.asarray(dataset.train_x[:1]))["params"]
+        return TrainState(params, optimizer.init(params))
+
     try:
-        state = TrainState(params, optimizer.init(params))
+        shapes = jax.eval_shape(init)
     except (TypeError, ValueError) as error:  # what only the parameters can tell
         raise ConfigError(f"optimizer.options: {error}") from error
 
-    claim_workdir(config, workdir)
+    # Of several processes the first one writes.
+    writes = devices.is_first_process()
+    if writes:
+        claim_workdir(config, workdir)
+    devices.wait_for_all("workdir")
+    if not writes:
+        claim_workdir(config, workdir)
     # A damaged summary is written again from the last checkpoint.
     with contextlib.suppress(OSError, ValueError):
         return json.loads((workdir / "summary.json").read_text())
 
-    functions = compile_functions(config, model, optimizer, dataset)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    step, state = checkpoints.restore_latest(state)
+    shardings = TrainState(*devices.state_shardings(mesh, optimizer, *shapes))
+    functions = compile_functions(config, model, optimizer, dataset, mesh, shardings)
+    step, state = checkpoints.restore_latest(jax.jit(init, out_shardings=shardings)())
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
-    metrics = MetricsFile(workdir / "metrics.csv", columns, last_step=step)
+    metrics = MetricsFile(workdir / "metrics.csv" if writes else None, columns, last_step=step)
     rows = read_metrics(workdir / "metrics.csv")
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
 
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not progress)
+    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (progress and writes))
     with (
         HeldInterrupt() as interrupt,
         bar,
         contextlib.closing(checkpoints),
         contextlib.closing(metrics),
+        devices.exit_if_left_alone(),
     ):
         for epoch in range(step // steps_per_epoch, config.epochs):
             batches = functions.shuffle(epoch)
@@ -231,14 +247,32 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
                 bar.update(last - first)
                 bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
             done = epoch + 1 == config.epochs
-            if done or time.monotonic() - last_save >= config.checkpoint_seconds:
+            due = time.monotonic() - last_save >= config.checkpoint_seconds
+            if done or devices.decision_of_first(due):
                 checkpoints.save(step, state)
                 last_save = time.monotonic()
 
+    if writes:
+        finish(config, workdir, step, state, shapes, mesh)
+    devices.wait_for_all("summary")
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def finish(
+    config: Config,
+    workdir: Path,
+    step: int,
+    state: TrainState,
+    shapes: TrainState,
+    mesh: jax.sharding.Mesh,
+) -> None:
+    """Draws the pictures of a finished run and writes its summary."""
     plots.draw(workdir)
     last_row = read_metrics(workdir / "metrics.csv")[-1]
     if optimizers.has_rates(config.optimizer.name):
-        (workdir / "rates.txt").write_text(dartax.describe(state.opt_state, state.params) + "\n")
+        # The rates are whole on every device, whatever else is split.
+        rates = dartax.describe(devices.own_shards(state.opt_state), shapes.params)
+        (workdir / "rates.txt").write_text(rates + "\n")
     summary = {
         "test_loss": last_row["test_loss"],
         "test_accuracy": last_row["test_accuracy"],
@@ -249,9 +283,10 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
         "git_commit": git_commit(),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
+        "mesh": [mesh.shape[devices.DATA], mesh.shape[devices.MODEL]],
+        "processes": jax.process_count(),
     }
     write_json(workdir / "summary.json", summary)
-    return summary
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:
@@ -270,7 +305,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         changed = [
             f"{name} {getattr(held, name)!r} there, {getattr(config, name)!r} here"
             for name in Config.__dataclass_fields__
-            if getattr(held, name) != getattr(config, name) and name != "workdir"
+            if getattr(held, name) != getattr(config, name) and name not in ("workdir", "mesh")
         ]
         if changed:
             raise ConfigError(

@@ -1,0 +1,170 @@
+"""The devices of a run: a mesh with a data and a model axis, and what lies where on it.
+
+One device is a mesh of one. Several processes see one mesh over the devices of all of them, hold
+the same data, and run the same program.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dartax.experiments.config import ConfigError
+
+PyTree = Any
+
+DATA, MODEL = "data", "model"
+
+
+def join_processes(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the other processes of this run, before anything else runs on a device.
+
+    Args:
+      coordinator: Address of process 0, such as ``localhost:1234``. What is left out, JAX looks
+        up in the environment of the cluster (Slurm, Open MPI, Kubernetes, TPU).
+      processes: How many there are.
+      process_id: Number of this one, in [0, processes).
+
+    Raises:
+      ConfigError: If they cannot be joined.
+    """
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "--distributed must find a cluster, or be given --coordinator HOST:PORT, --processes N "
+            f"and --process-id I of 0 to N - 1, got {coordinator}, {processes} and {process_id} "
+            f"({str(error).splitlines()[0]}); pass all three."
+        ) from error
+
+
+def is_first_process() -> bool:
+    """Whether this process writes the files of the run."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def decision_of_first(value: bool) -> bool:
+    """``value`` of the first process, in all."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+@contextlib.contextmanager
+def exit_if_left_alone() -> Iterator[None]:
+    """Ends this process, with a sentence, where another one of the run is gone.
+
+    A lost process shows as an error of the next sum over the devices. Python's own exit would wait
+    for it until JAX's time is up, some minutes later.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"\ndartax: process {jax.process_index()} of {jax.process_count()} cannot go on "
+            f"without the others ({str(error).splitlines()[0]}); start all of them again, and the "
+            "same commands resume the run.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def make_mesh(shape: Sequence[int], batch_size: int) -> Mesh:
+    """The mesh of a run, with the axes ``data`` and ``model``.
+
+    Args:
+      shape: Devices along the data axis and, where given, along the model axis. Empty for all
+        devices along the data axis, or as many as divide a batch.
+      batch_size: Examples per step, which the devices of the data axis share.
+
+    Raises:
+      ConfigError: If ``shape`` does not fit the devices or the batch.
+    """
+    available = jax.device_count()
+    if not shape:
+        shape = [max(n for n in range(1, available + 1) if batch_size % n == 0)]
+    data, model = (*shape, 1)[:2]
+    if data * model > available:
+        raise ConfigError(
+            f"mesh must have at most the {available} devices that JAX finds, got "
+            f"{list(shape)}; pass e.g. --mesh {available}."
+        )
+    if batch_size % data:
+        raise ConfigError(
+            f"batch_size must be a multiple of the {data} devices of the data axis, got "
+            f"{batch_size}; pass --batch-size {data * max(1, batch_size // data)} or another mesh."
+        )
+    devices = jax.devices()[: data * model]
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if idle:
+        raise ConfigError(
+            f"mesh must have devices of all {jax.process_count()} processes, got {list(shape)} of "
+            f"{available} devices; pass --mesh {available}, and a --batch-size that it divides."
+        )
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=types, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh, batch: jax.Array) -> jax.Array:
+    """A part of the examples, the first axis of ``batch``, on every device of the data axis."""
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(DATA)))
+
+
+def state_shardings(
+    mesh: Mesh, optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Where the parameters and the optimizer state lie, from trees of their shapes.
+
+    The last axis of a parameter is split over the model axis where that divides it. What the
+    optimizer keeps of a parameter lies where the parameter does, and all else everywhere.
+    """
+
+    def last_axis(leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0 or leaf.shape[-1] % mesh.shape[MODEL]:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), MODEL))
+
+    def beside(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of a chain has
+            return leaf
+        return sharding if leaf.shape == param.shape else replicated(mesh)
+
+    of_params = jax.tree.map(last_axis, params)
+    of_state = optax.tree.map_params(
+        optimizer,
+        beside,
+        opt_state,
+        params,
+        of_params,
+        transform_non_params=lambda _: replicated(mesh),
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+    return of_params, of_state
+
+
+def own_shards(tree: PyTree) -> PyTree:
+    """What one device of this process holds of every array, as arrays of this process alone."""
+    return jax.tree.map(lambda array: array.addressable_data(0), tree)

@@ -1,0 +1,113 @@
+"""Several real processes of one run, joined by jax.distributed on this machine."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_folders import assert_same_run, final_state
+
+from dartax.experiments import cli
+from dartax.experiments import config as config_lib
+from dartax.experiments.config import Config, ModelConfig
+from dartax.experiments.run_folder import read_metrics
+from dartax.experiments.train import train_and_evaluate
+
+
+def config(workdir, epochs):
+    return Config(
+        epochs=epochs, workdir=workdir, checkpoint_seconds=0.0, model=ModelConfig(hidden=(16,))
+    )
+
+
+@contextlib.contextmanager
+def two_processes(workdir, epochs):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    config_lib.save(config(workdir, epochs), Path("two.toml"))
+    command = [sys.executable, "-m", "dartax.experiments.cli", "train", "two.toml"]
+    command += ["--coordinator", f"localhost:{port}", "--processes", "2", "--process-id"]
+    # One device each, in place of the eight of the tests.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [*command, str(number)],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for number in range(2)
+        ]
+        for process in processes:
+            stack.callback(process.kill)
+        yield processes
+
+
+def run_to_the_end(workdir, epochs):
+    with two_processes(workdir, epochs) as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+        for process, (_, errors) in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def test_two_processes_end_where_one_ends():
+    first, second = run_to_the_end("runs/two", 3)
+    assert "test loss" in first
+    assert "test loss" not in second
+    summary = train_and_evaluate(config("runs/one", 3), progress=False)
+    assert summary["processes"] == 1
+    (step, leaves), (other_step, other_leaves) = final_state("runs/two"), final_state("runs/one")
+    assert step == other_step
+    for leaf, other in zip(leaves, other_leaves, strict=True):
+        leaf, other = (np.asarray(array, np.float64) for array in (leaf, other))
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_survive_the_loss_of_one():
+    epochs = 12
+    with two_processes("runs/killed", epochs) as (survivor, victim):
+        deadline = time.monotonic() + 200
+        checkpoints = Path("runs/killed/checkpoints")
+        while not (
+            checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
+        ):
+            assert survivor.poll() is None, survivor.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGKILL)
+        _, message = survivor.communicate(timeout=200)
+    assert survivor.returncode == 1
+    assert "dartax: process 0 of 2 cannot go on without the others" in message
+    assert "the same commands resume the run." in message
+    assert "Traceback" not in message
+    assert read_metrics(Path("runs/killed/metrics.csv"))[-1]["epoch"] < epochs
+
+    run_to_the_end("runs/killed", epochs)
+    run_to_the_end("runs/whole", epochs)
+    assert_same_run("runs/killed", "runs/whole")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--distributed"], ["--coordinator", "localhost:1", "--processes", "2"]]
+)
+def test_processes_that_cannot_be_joined(arguments, capsys):
+    config_lib.save(config("runs/a", 1), Path("a.toml"))
+    # JAX is running here already, as it is in nobody's first call.
+    assert cli.main(["train", "a.toml", *arguments]) == 2
+    assert (
+        "--distributed must find a cluster, or be given --coordinator HOST:PORT"
+        in capsys.readouterr().err
+    )
+    assert not Path("runs/a").exists()
