@@ -15,7 +15,8 @@ the others, such as most biases, follow it instead of their own noise. The conce
     a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + 0.3, 0, 1) - 0.05 * clip(-4 s_i - 3, 0, 1)
 
 with s_long the same over a longer window, and limit_i = min(0.05, 20 / t), or more where a step
-is tiny beside the weights that it changes. Then all concentrations, the slack's too, are
+is tiny beside the weights that it changes, or where the user's schedule falls to its end within
+some hundred updates. Then all concentrations, the slack's too, are
 multiplied by one number, which leaves the mean rates alone and makes the smallest of a block
 equal ``concentration``.
 
@@ -40,6 +41,7 @@ import optax
 from dartax import _check
 from dartax._blocks import Blocks
 from dartax._transform import (
+    Context,
     Draw,
     Moments,
     Number,
@@ -56,8 +58,9 @@ from dartax._transform import (
 # shrink by orders of magnitude as the loss falls, and would stall under their own past.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
 # The ramp: at most GROWTH per update in log space, and less than RAMP / t later on. It is the
-# warm-up too.
-GROWTH, RAMP = 0.05, 20.0
+# warm-up too. Where the user's schedule shows a run of fewer than some 400 updates it is steeper,
+# by SPRINT times the fall of the schedule over the next 32: the run would end on it otherwise.
+GROWTH, RAMP, SPRINT = 0.05, 20.0, 0.6
 # Where a step, of directions of size 1 as Adam's are, changes less than SMALL_STEP of the
 # weights, the ramp is steeper in proportion, up to FAST_GROWTH: from any tiny initial rate it
 # begins in earnest after some 20 updates.
@@ -88,9 +91,11 @@ def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
     return derivative * (h - share * jnp.sum(h))
 
 
-def growth_limit(rate: jax.Array, weight_rms: jax.Array, num: jax.Array) -> jax.Array:
+def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far log concentrations may grow in this update, ``[K]``."""
-    limit = jnp.minimum(GROWTH, RAMP / f32(1 + num))
+    limit = jnp.maximum(GROWTH, SPRINT * context.fall)
+    limit = jnp.minimum(limit, RAMP / f32(1 + context.num))
+    weight_rms = context.weight_rms
     # Blocks of vectors take the scale of the smallest matrices, if there are any.
     positive = weight_rms > 0
     smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
@@ -115,7 +120,8 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         slack = f32(concentration) * (inverse_share - num_blocks)
         return jnp.append(jnp.full(num_blocks, f32(concentration)), slack)
 
-    def learn(current, draw, h, moments, num, weight_rms):
+    def learn(current, draw, h, moments, context):
+        num = context.num
         gradient = log_concentration_gradient(draw, h)
         gradient += POOL * jnp.sum(gradient) / max(gradient.size, 1)
         mu = moving_average(moments.hyper_mu, gradient, B1)
@@ -135,7 +141,7 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         grow = jnp.where(seen, jnp.clip(above, 0.0, 1.0), 0.0)
         # At full speed where s is -1.
         retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
-        change = growth_limit(rate, weight_rms, num) * grow - GROWTH * retreat
+        change = growth_limit(rate, context) * grow - GROWTH * retreat
         usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)

@@ -51,11 +51,11 @@ def paper_rule(
     """Adam on alpha itself; ``budget`` is lr_max - lr_min."""
     b1, b2 = betas
 
-    def learn(concentration, draw, h, moments, num, weight_rms):
-        del weight_rms
+    def learn(concentration, draw, h, moments, context):
         gradient = f32(budget) * concentration_gradient(draw, concentration, h)
         mu = moving_average(moments.hyper_mu, gradient, b1)
         nu = moving_average(moments.hyper_nu, gradient**2, b2)
+        num = context.num
         step = f32(eta) * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, Moments(mu, nu, moments.hyper_trend), jnp.ones_like(h)

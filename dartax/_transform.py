@@ -34,6 +34,8 @@ from dartax import _blocks, random
 from dartax._blocks import BlockIndex, Blocks, PyTree
 
 VERSION = 3
+# Updates over which a rule sees the user's schedule fall.
+LOOK_AHEAD = 32
 
 Number = jax.Array | float
 
@@ -64,21 +66,36 @@ class Moments(NamedTuple):
     hyper_trend: jax.Array
 
 
+class Context(NamedTuple):
+    """What a rule may know beside the gradient.
+
+    Attributes:
+      num: Hypergradients seen so far, with this one, int32 scalar.
+      weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
+      fall: How far the user's schedule falls over the next ``LOOK_AHEAD`` updates, non-negative
+        float32 scalar; 0 where it rises or is a number.
+    """
+
+    num: jax.Array
+    weight_rms: jax.Array
+    fall: jax.Array
+
+
 class Rule(NamedTuple):
     """How the concentrations start and move.
 
     Attributes:
       init: From the number of blocks K to the concentrations ``[C]``, C >= K. The first K
         belong to the blocks; a further one is budget that no block spends.
-      learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, number of
-        hypergradients seen with this one, weight_rms ``[K]``) to the new concentration and
-        moments, and to what is kept of the memory of past steps, ``[K]`` in [0, 1].
+      learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, context) to the new
+        concentration and moments, and to what is kept of the memory of past steps, ``[K]`` in
+        [0, 1].
       of_log: Whether the hypergradient is that of log pi, not that of the rates.
     """
 
     init: Callable[[int], jax.Array]
     learn: Callable[
-        [jax.Array, Draw, jax.Array, Moments, jax.Array, jax.Array],
+        [jax.Array, Draw, jax.Array, Moments, Context],
         tuple[jax.Array, Moments, jax.Array],
     ]
     of_log: bool
@@ -184,6 +201,14 @@ def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -
     return derivative * draw.share * (h - jnp.dot(draw.share, h))
 
 
+def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """How far the schedule falls over the next ``LOOK_AHEAD`` updates, at least 0."""
+    if not callable(learning_rate):
+        return jnp.zeros([], jnp.float32)
+    now, later = f32(learning_rate(count)), f32(learning_rate(count + LOOK_AHEAD))
+    return jnp.where(later < now, now - later, 0.0)  # also where one of them is NaN
+
+
 def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
@@ -287,8 +312,11 @@ def scale_by_dirichlet(
             state.last_draw,
             h,
             state.moments,
-            state.count - state.skipped,
-            state.weight_rms,
+            Context(
+                num=state.count - state.skipped,
+                weight_rms=state.weight_rms,
+                fall=schedule_fall(learning_rate, state.count),
+            ),
         )
 
         # 3. Draw the rates.

@@ -132,7 +132,8 @@ def dart(
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
             rate = min_rate + (max_rate - min_rate) * a[:K] / a.sum()
             for i in range(K):
-                limit = min(0.05, 20.0 / (1 + t))
+                fall = max(multiplier(t) - multiplier(t + 32), 0.0)
+                limit = min(max(0.05, 0.6 * fall), 20.0 / (1 + t))
                 limit = min(max(limit, limit * 1e-2 * rms[i] / rate[i]), 0.5)
                 grow = limit * np.clip(min(s[i], s_long[i]) + 0.3, 0, 1)
                 change = grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1)

@@ -116,7 +116,7 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
 )
 def test_dart_follows_the_reference(direction, options):
     params, noise, gradients = problem(2)
-    decay = lambda t: 1.0 - t / 60.0  # noqa: E731
+    decay = lambda t: max(1.0 - t / 60.0, 0.0)  # noqa: E731
     optimizer = dartax.dart(
         optax.linear_schedule(1.0, 0.0, 60),
         inner=None if direction == "adam" else optax.identity(),

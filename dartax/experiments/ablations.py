@@ -17,15 +17,15 @@ from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by
 def frozen(rule: Rule) -> Rule:
     """The concentrations stay where they start."""
     return rule._replace(
-        learn=lambda current, draw, h, moments, num, rms: (current, moments, jnp.ones_like(h))
+        learn=lambda current, draw, h, moments, context: (current, moments, jnp.ones_like(h))
     )
 
 
 def shuffled(rule: Rule) -> Rule:
     """Every block learns from the hypergradient of another."""
 
-    def learn(current, draw, h, moments, num, rms):
-        return rule.learn(current, draw, jnp.roll(h, 1), moments, num, rms)
+    def learn(current, draw, h, moments, context):
+        return rule.learn(current, draw, jnp.roll(h, 1), moments, context)
 
     return rule._replace(learn=learn)
 
@@ -33,9 +33,9 @@ def shuffled(rule: Rule) -> Rule:
 def mean_field(rule: Rule) -> Rule:
     """The gradient of the mean rate: log gamma is taken to move as log concentration does."""
 
-    def learn(current, draw, h, moments, num, rms):
+    def learn(current, draw, h, moments, context):
         draw = draw._replace(log_derivative=jnp.ones_like(draw.log_derivative))
-        return rule.learn(current, draw, h, moments, num, rms)
+        return rule.learn(current, draw, h, moments, context)
 
     return rule._replace(learn=learn)
 
@@ -50,9 +50,11 @@ def _moves(moments: Moments, num: jax.Array) -> jax.Array:
 def no_ratchet(rule: Rule) -> Rule:
     """Rates shrink as readily as they grow."""
 
-    def learn(current, draw, h, moments, num, rms):
-        _, moments, _ = rule.learn(current, draw, h, moments, num, rms)
-        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * _moves(moments, num)
+    def learn(current, draw, h, moments, context):
+        _, moments, _ = rule.learn(current, draw, h, moments, context)
+        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + context.num)) * _moves(
+            moments, context.num
+        )
         moved = current * jnp.exp(jnp.append(change, 0.0))
         # The least concentration of a block stays what it is at the start: the level of the draws.
         moved *= jnp.min(current[:-1]) / jnp.min(moved[:-1])
@@ -68,12 +70,12 @@ def no_slack(rule: Rule) -> Rule:
     def init(num_blocks):
         return rule.init(num_blocks)[:-1]
 
-    def learn(current, draw, h, moments, num, rms):
+    def learn(current, draw, h, moments, context):
         # The slack is there again, but too small to be drawn.
         padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
-        _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, num, rms)
-        s = _moves(moments, num)
-        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + num)) * (s - jnp.mean(s))
+        _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, context)
+        s = _moves(moments, context.num)
+        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + context.num)) * (s - jnp.mean(s))
         moved = current * jnp.exp(change)
         return jnp.clip(moved, _dart.MIN_CONCENTRATION, 1e6), moments, jnp.ones_like(h)
 
