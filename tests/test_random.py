@@ -44,21 +44,52 @@ def test_log_derivative_in_float64_agrees_with_float32():
         np.testing.assert_allclose(double, exact, rtol=2e-4)
 
 
-@pytest.mark.parametrize("method", ["jax", "fast"])
-@pytest.mark.parametrize("a", [1e-4, 1e-2, 0.5, 0.999, 1.0, 1.001, 30.0, 1e4, 1e10])
-def test_draws_have_the_gamma_distribution(a, method):
-    a = np.float64(np.float32(a))
-    draws = random.loggamma(11, jnp.full(20_000, a, jnp.float32), method=method)
-    log_x = np.asarray(draws, np.float64)
+def distance_to_the_law(log_x, a):
+    """Kolmogorov and Smirnov's distance of draws to Gamma(a, 1)."""
+    log_x = np.asarray(log_x, np.float64)
     assert np.all(np.isfinite(log_x))
-    if a < 0.01:  # x underflows in float64 too; x^a / Gamma(a + 1) is F to 1e-3 there
-        uniform = np.exp(np.minimum(a * log_x - special.gammaln(a + 1), 0))
+    # Far to the left x underflows; x^a / Gamma(a + 1) is F to x there.
+    left = np.exp(np.minimum(a * log_x - special.gammaln(a + 1), 0))
+    if a > 1e7:
+        right = stats.norm.cdf((log_x - np.log(a) + 0.5 / a) * np.sqrt(a))
     else:
-        uniform = special.gammainc(a, np.exp(log_x))
+        right = special.gammainc(a, np.exp(np.maximum(log_x, -20)))
+    return stats.kstest(np.where(log_x < -20, left, right), "uniform").statistic
+
+
+@pytest.mark.parametrize(("method", "number"), [("jax", 20_000), ("fast", 1_000_000)])
+@pytest.mark.parametrize("a", [1e-4, 1e-2, 0.5, 0.999, 1.0, 1.001, 30.0, 1e4, 1e10])
+def test_draws_have_the_gamma_distribution(a, method, number):
+    a = np.float64(np.float32(a))
+    draws = random.loggamma(11, jnp.full(number, a, jnp.float32), method=method)
     # 1.95 / sqrt(n) is the 0.1 % point. Float32 holds log x to one spacing, which at 1e10 is a
     # fifth of its standard deviation a^-1/2; the density of log x is at most 0.4 sqrt(a).
     rounding = 0.4 * np.sqrt(a) * np.spacing(np.float32(np.log(a))) if a > 1 else 0.0
-    assert stats.kstest(uniform, "uniform").statistic < 1.95 / np.sqrt(20_000) + rounding
+    assert distance_to_the_law(draws, a) < 1.95 / np.sqrt(number) + rounding
+
+
+@pytest.mark.parametrize("a", [1e-4, 0.3, 1.0, 5.0, 1e4, 1e10])
+def test_fast_draws_in_float64(a):
+    with jax.enable_x64(True):
+        draws = random.loggamma(12, jnp.full(200_000, a, jnp.float64), method="fast")
+    assert draws.dtype == jnp.float64
+    assert distance_to_the_law(draws, a) < 1.95 / np.sqrt(200_000)
+    assert len(np.unique(draws)) > 0.9999 * draws.size  # not those of float32
+
+
+def test_fast_draws_are_independent():
+    draws = np.asarray(random.loggamma(13, jnp.ones((2, 500_000)), method="fast"))
+    for first, second in ((draws[0], draws[1]), (draws[0, 1:], draws[0, :-1])):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
+
+
+@pytest.mark.parametrize("a", [1e-4, 1e-2, 1.0, 20.0, 300.0])
+def test_log_derivative_has_no_seam(a):
+    # Where the series and the polynomial meet, at x near (a + 1) / 10.
+    log_x = np.log((a + 1) * np.linspace(0.09, 0.11, 9)).astype(np.float32)
+    exact = [reference.log_derivative(float(x), float(np.float32(a))) for x in log_x]
+    got = random.log_derivative(jnp.asarray(log_x), jnp.float32(a))
+    np.testing.assert_allclose(got, exact, rtol=1e-3)
 
 
 def test_a_draw_that_a_vectorized_rejection_loop_never_finishes():
