@@ -71,12 +71,14 @@ def test_two_processes_end_where_one_ends():
     (step, leaves), (other_step, other_leaves) = final_state("runs/two"), final_state("runs/one")
     assert step == other_step
     for leaf, other in zip(leaves, other_leaves, strict=True):
+        # The memory of past steps, in bfloat16, may be a spacing off.
+        rtol = 1e-3 if leaf.dtype.itemsize >= 4 else 1e-2
         leaf, other = (np.asarray(array, np.float64) for array in (leaf, other))
-        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-4)
 
 
 def test_two_processes_survive_the_loss_of_one():
-    epochs = 12
+    epochs = 40
     with two_processes("runs/killed", epochs) as (survivor, victim):
         deadline = time.monotonic() + 200
         checkpoints = Path("runs/killed/checkpoints")

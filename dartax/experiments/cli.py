@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``dartax train``, ``compare`` or ``plot``; returns the exit status."""
+    """Runs ``dartax train``, ``compare``, ``bench`` or ``plot``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="dartax", description="Learning rates as a learned Dirichlet distribution."
     )
@@ -39,6 +39,19 @@ def main(argv: list[str] | None = None) -> int:
     compare_parser.add_argument(
         "--redo", nargs="+", default=[], metavar="NAME", help="run these optimizers again"
     )
+    bench_parser = commands.add_parser(
+        "bench",
+        help="time the steps of optimizers side by side",
+        description="Times the steps of optimizers in turns, and prints a table with the bytes "
+        "that they move and keep and the seconds of compilation.",
+    )
+    bench_parser.add_argument(
+        "--sizes", nargs="+", default=["1e6x24", "1e7x24"], metavar="PARAMETERSxTENSORS"
+    )
+    bench_parser.add_argument("--optimizers", nargs="+", metavar="NAME")
+    bench_parser.add_argument("--dtype", default="float32", help="of parameters and gradients")
+    bench_parser.add_argument("--rounds", type=int, default=10, help="turns of every optimizer")
+    bench_parser.add_argument("--workdir", default="runs/bench", help="folder of the results")
     plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     arguments, rest = parser.parse_known_args(argv)
@@ -56,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "compare":
             return _compare(arguments)
+        if arguments.command == "bench":
+            return _bench(arguments)
         if arguments.command == "plot":
             for path in plots.draw(arguments.run):
                 print(path)
@@ -105,6 +120,22 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(scores.table(config, scored))
     for path in compare_plots.draw(config, results, scored):
         print(path)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """``dartax bench``."""
+    from dartax.experiments import bench
+
+    content = bench.run(
+        arguments.sizes,
+        bench.DEFAULT if arguments.optimizers is None else arguments.optimizers,
+        dtype=arguments.dtype,
+        rounds=arguments.rounds,
+        workdir=arguments.workdir,
+    )
+    print(bench.table(content))
+    print(Path(arguments.workdir) / "bench.png")
     return 0
 
 

@@ -224,7 +224,7 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
         row = [f"{cells[t][name]['ratio']:.3f}" if name in cells[t] else "" for t in tasks]
         row += [f"{overall[name][key]:.3f}" for key in ("ratio", "worst_ratio", "time")]
         rows.append([name, *row, str(overall[name]["diverged"])])
-    lines = [*_aligned(rows), ""]
+    lines = [*aligned(rows), ""]
 
     rows = [[f"steps to {config.target}'s loss", *tasks, "area of profile"]]
     for name in names:
@@ -234,17 +234,17 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
         ]
         row = ["" if s is None else f"{s:.2f}" if np.isfinite(s) else "never" for s in steps]
         rows.append([name, *row, f"{areas[name]:.2f}" if name in areas else ""])
-    lines += [*_aligned(rows), ""]
+    lines += [*aligned(rows), ""]
 
     if peers := scores["best_peer"]["tasks"]:
         lines.append(f"dart over the best peer of each task: {scores['best_peer']['ratio']:.3f}")
-        lines += _aligned(
+        lines += aligned(
             [["", task, f"{b['ratio']:.3f}", b["optimizer"]] for task, b in peers.items()]
         )
     return "\n".join([*lines, *_basins(config, scores)])
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines: the first column to the left, the others to the right."""
     count = max(map(len, rows))
     full = [[*row, *[""] * (count - len(row))] for row in rows]

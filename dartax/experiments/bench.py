@@ -1,0 +1,279 @@
+"""What a step costs: time, memory traffic, state and compilation, side by side in one run.
+
+The optimizers take turns, a few steps each, so that all of them see the same noise of the machine;
+the ratio of an optimizer is the median over the rounds of its time over the target's in that round.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from dartax.experiments import optimizers
+from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
+from dartax.experiments.run_folder import git_commit, versions, write_json
+from dartax.experiments.scores import aligned
+
+PyTree = Any
+
+TARGET = "adamw"
+DEFAULT = (TARGET, "dart", "paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
+# Steps of one turn: enough to leave the caches as a run of its own would.
+STEPS = 3
+# Steps that the schedules span; nothing here depends on it.
+HORIZON = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model as an optimizer sees it: so many parameters, in so many tensors."""
+
+    parameters: int
+    tensors: int
+
+    def __str__(self):
+        return f"{self.parameters}x{self.tensors}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Size":
+        """Reads ``10000000x24``; 1e7 is a number too."""
+        try:
+            parameters, tensors = (float(number) for number in text.split("x"))
+        except ValueError:
+            parameters = tensors = 0.0
+        if not (parameters >= tensors >= 2 and parameters.is_integer() and tensors.is_integer()):
+            raise ConfigError(
+                "sizes must be PARAMETERSxTENSORS, at least 2 tensors and as many parameters, got "
+                f"{text!r}; pass e.g. 1e7x24."
+            )
+        return cls(int(parameters), int(tensors))
+
+
+def make_params(size: Size, dtype: Any) -> PyTree:
+    """Square matrices and, one for each, vectors as long as their side, about ``size``."""
+    layers = size.tensors // 2
+    side = max(1, round((size.parameters / layers) ** 0.5))
+    return [
+        {"kernel": jnp.full((side, side), 0.02, dtype), "bias": jnp.zeros(side, dtype)}
+        for _ in range(layers)
+    ]
+
+
+class Contender:
+    """A compiled step of one optimizer, with its own parameters and state, and what it took."""
+
+    def __init__(self, name: str, size: Size, dtype: Any):
+        """Compiles the step: update and application, parameters and state donated."""
+        config = OptimizerConfig(
+            name=name,  # type: ignore[arg-type]  # checked by run
+            learning_rate=1.0 if optimizers.has_rates(name) else 1e-3,
+        )
+        optimizer = optimizers.build(config, HORIZON)
+        self.params = make_params(size, dtype)
+        # Copies: some optimizers put the parameters themselves into their state.
+        self.state = jax.tree.map(jnp.copy, optimizer.init(self.params))
+
+        def step(params, state, grads):
+            updates, state = optimizer.update(grads, state, params, value=jnp.ones([]))
+            return optax.apply_updates(params, updates), state
+
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.params)
+        self.trace_s = time.perf_counter() - start
+        start = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.compile_s = time.perf_counter() - start
+        self.times: list[float] = []
+
+    def turn(self, grads: PyTree) -> None:
+        """Takes a few steps and notes the seconds of one; the first step only warms up."""
+        self.params, self.state = jax.block_until_ready(
+            self.compiled(self.params, self.state, grads)
+        )
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            self.params, self.state = self.compiled(self.params, self.state, grads)
+        jax.block_until_ready(self.params)
+        self.times.append((time.perf_counter() - start) / STEPS)
+
+    def bytes_accessed(self) -> float:
+        """What XLA says that a step reads and writes."""
+        analysis: Any = self.compiled.cost_analysis()
+        return float(analysis["bytes accessed"])
+
+    def state_bytes(self) -> int:
+        """Memory of the optimizer state."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+
+
+def bandwidth(dtype: Any, size: int) -> Callable[[], float]:
+    """Measures bytes per second of the plainest pass: read an array, write it."""
+    pass_over = jax.jit(lambda x: x + 1, donate_argnums=0)
+    array = [pass_over(jnp.zeros(size, dtype))]
+
+    def measure():
+        start = time.perf_counter()
+        array[0] = jax.block_until_ready(pass_over(array[0]))
+        return 2 * array[0].nbytes / (time.perf_counter() - start)
+
+    return measure
+
+
+def measure(size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any) -> dict[str, Any]:
+    """Times the optimizers ``names`` on one size, in turns.
+
+    Returns:
+      For every optimizer: ``ms`` per step, ``ratio`` of it to the target's, ``bytes_accessed`` and
+      ``state_bytes`` per parameter, ``bandwidth`` (achieved over that of a plain pass), ``trace_s``
+      and ``compile_s``.
+    """
+    contenders = {}
+    for name in names:
+        bar.set_description(f"{size}, {name}")
+        contenders[name] = Contender(name, size, dtype)
+        bar.update()
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-3), make_params(size, dtype))
+    count = sum(leaf.size for leaf in jax.tree.leaves(grads))
+    plain, speeds = bandwidth(dtype, count), []
+    for _ in range(rounds):
+        speeds.append(plain())
+        for name, contender in contenders.items():
+            bar.set_description(f"{size}, {name}")
+            contender.turn(grads)
+            bar.update()
+    target, speed = np.array(contenders[names[0]].times), np.median(speeds)
+    return {
+        name: {
+            "ms": 1e3 * float(np.median(contender.times)),
+            "ratio": float(np.median(np.array(contender.times) / target)),
+            "bytes_accessed": contender.bytes_accessed() / count,
+            "state_bytes": contender.state_bytes() / count,
+            "bandwidth": float(contender.bytes_accessed() / np.median(contender.times) / speed),
+            "trace_s": contender.trace_s,
+            "compile_s": contender.compile_s,
+        }
+        for name, contender in contenders.items()
+    }
+
+
+def run(
+    sizes: Sequence[str],
+    names: Sequence[str],
+    *,
+    dtype: str = "float32",
+    rounds: int = 10,
+    workdir: str | Path = "runs/bench",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measures, and leaves ``bench.json`` and ``bench.png`` in ``workdir``.
+
+    Args:
+      sizes: Models, as ``10000000x24``: parameters and tensors.
+      names: Optimizers; the target, AdamW, is put in front.
+      dtype: Of parameters and gradients.
+      rounds: Turns of every optimizer.
+      workdir: Folder of the results; made where it is missing.
+      progress: Whether to draw a progress bar.
+
+    Returns:
+      The results, as written to ``bench.json``.
+
+    Raises:
+      ConfigError: If an argument makes no benchmark.
+    """
+    for name in names:
+        if name not in optimizers.FACTORY:
+            known = list(optimizers.FACTORY)
+            raise ConfigError(f"optimizers must be known, got {name!r}; {nearest(name, known)}")
+    if rounds < 1:
+        raise ConfigError(f"rounds must be at least 1, got {rounds}; pass 10.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}; pass one.")
+    parsed = [Size.parse(text) for text in sizes]
+    names = [TARGET, *(name for name in dict.fromkeys(names) if name != TARGET)]
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
+            "pass another --workdir."
+        ) from error
+    total = len(parsed) * len(names) * (rounds + 1)
+    with tqdm(total=total, unit="turn", disable=not progress) as bar:
+        results = {
+            str(size): measure(size, names, jnp.dtype(dtype), rounds, bar) for size in parsed
+        }
+    content = {
+        "dtype": dtype,
+        "rounds": rounds,
+        "device": jax.devices()[0].device_kind,
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "sizes": results,
+    }
+    write_json(workdir / "bench.json", content)
+    draw(content).savefig(workdir / "bench.png", dpi=110)
+    return content
+
+
+def table(content: dict[str, Any]) -> str:
+    """The results as text for a terminal."""
+    lines = []
+    for size, results in content["sizes"].items():
+        rows = [[size, "ms", "ratio", "bytes", "state", "bandwidth", "trace s", "compile s"]]
+        for name, row in results.items():
+            rows.append(
+                [
+                    name,
+                    f"{row['ms']:.2f}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['bytes_accessed']:.1f}",
+                    f"{row['state_bytes']:.1f}",
+                    f"{100 * row['bandwidth']:.0f} %",
+                    f"{row['trace_s']:.2f}",
+                    f"{row['compile_s']:.2f}",
+                ]
+            )
+        lines += [*aligned(rows), ""]
+    lines.append("bytes and state: bytes per parameter that a step moves, and that the state takes")
+    return "\n".join(lines)
+
+
+def draw(content: dict[str, Any]) -> Figure:
+    """Time of a step over the target's, and seconds of compilation, for every size."""
+    sizes, panels = content["sizes"], ("ratio", "compile_s")
+    names = list(next(iter(sizes.values())))
+    figure = Figure(figsize=(9.5, 1.2 + 0.26 * len(names) * len(sizes)), layout="constrained")
+    titles = {"ratio": f"time of a step over {names[0]}'s", "compile_s": "compilation, s"}
+    colors = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+    for ax, panel in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        height = 0.8 / len(sizes)
+        for i, (size, results) in enumerate(sizes.items()):
+            values = [results[name][panel] for name in names]
+            place = np.arange(len(names)) + (i - (len(sizes) - 1) / 2) * height
+            bars = ax.barh(place, values, height, label=size, color=colors[i % len(colors)])
+            ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        ax.set_title(titles[panel], fontsize=10)
+        ax.set_yticks(np.arange(len(names)), names)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.margins(x=0.12)
+        if panel == "ratio":
+            ax.axvline(1.0, color="grey", lw=0.8)
+    ax.invert_yaxis()
+    figure.legend(
+        *ax.get_legend_handles_labels(),
+        title="parameters x tensors",
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+    )
+    return figure
