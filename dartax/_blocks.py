@@ -151,10 +151,13 @@ def matrix_rms(tree: PyTree, numbers: list[int], num_blocks: int) -> jax.Array:
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
     normalization at 1, whatever the size of the weights that they belong to.
     """
-    matrices = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf) if jnp.ndim(leaf) >= 2 else jnp.zeros(0), tree
-    )
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    pairs = zip(leaves, numbers, strict=True)
+    matrices = [(leaf, number) for leaf, number in pairs if leaf.ndim >= 2]
+    if not matrices:
+        return jnp.zeros(num_blocks, jnp.float32)
+    chosen, blocks = [leaf for leaf, _ in matrices], [number for _, number in matrices]
     size = np.zeros(num_blocks, np.float32)
-    np.add.at(size, numbers, [leaf.size for leaf in jax.tree.leaves(matrices)])
-    squares = block_dots(matrices, matrices, block_index(numbers), num_blocks)
+    np.add.at(size, blocks, [leaf.size for leaf in chosen])
+    squares = block_dots(chosen, chosen, block_index(blocks), num_blocks)
     return jnp.sqrt(squares / np.maximum(size, 1))
