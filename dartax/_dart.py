@@ -40,6 +40,7 @@ import optax
 
 from dartax import _check
 from dartax._blocks import Blocks
+from dartax._inner import adam, with_decayed_weights
 from dartax._transform import (
     Context,
     Draw,
@@ -47,7 +48,6 @@ from dartax._transform import (
     Number,
     Rule,
     debias,
-    decayed_weights,
     f32,
     moving_average,
     scale_by_dirichlet,
@@ -79,7 +79,7 @@ MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
 
 def default_inner() -> optax.GradientTransformation:
     """Adam, whose second moment must not remember the steep beginning of the ramp for long."""
-    return optax.scale_by_adam(b2=0.99)
+    return adam(b2=0.99)
 
 
 def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
@@ -273,7 +273,8 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     ``learning_rate``: it multiplies the learned rates, and does most for the final loss.
 
     Args:
-      learning_rate: Float or optax schedule that multiplies the learned rates; not a rate.
+      learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
+        that falls to its end within some hundred updates also makes the rates grow faster.
       inner: Direction of the step; ``None`` is Adam. See :func:`scale_by_dart`, also for
         all arguments that are not listed here.
       weight_decay: Decoupled: ``weight_decay * params`` joins the direction, and takes the
@@ -308,7 +309,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     direction = default_inner() if inner is None else inner
     return optax.chain(
         scale_by_dart(
-            optax.chain(direction, decayed_weights(weight_decay, mask)),
+            with_decayed_weights(direction, weight_decay, mask),
             learning_rate=learning_rate,
             init_rate=init_rate,
             min_rate=min_rate,

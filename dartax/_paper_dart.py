@@ -29,13 +29,13 @@ import optax
 
 from dartax import _check
 from dartax._blocks import Blocks
+from dartax._inner import decayed_weights
 from dartax._transform import (
     Moments,
     Number,
     Rule,
     concentration_gradient,
     debias,
-    decayed_weights,
     f32,
     moving_average,
     scale_by_dirichlet,

@@ -32,6 +32,7 @@ import optax
 
 from dartax import _blocks, random
 from dartax._blocks import BlockIndex, Blocks, PyTree
+from dartax._inner import Guarded, choose
 
 VERSION = 3
 # Updates over which a rule sees the user's schedule fall.
@@ -209,13 +210,6 @@ def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> ja
     return jnp.where(later < now, now - later, 0.0)  # also where one of them is NaN
 
 
-def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay, mask)
-
-
 def accumulate(
     direction: jax.Array, weight: jax.Array, last: jax.Array, kept: jax.Array
 ) -> jax.Array:
@@ -229,14 +223,6 @@ def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
     scaled = rate.astype(dtype) * direction.astype(dtype)
     return jax.lax.select(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
-
-
-def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
-    if new is old:
-        return old
-    new, old = jnp.asarray(new), jnp.asarray(old)
-    return jax.lax.select(finite, new.astype(old.dtype), old)
 
 
 def scale_by_dirichlet(
@@ -253,7 +239,8 @@ def scale_by_dirichlet(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
     random.check_key(key)
-    inner = optax.with_extra_args_support(inner)
+    guarded = isinstance(inner, Guarded)
+    inner = inner if guarded else optax.with_extra_args_support(inner)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -298,10 +285,13 @@ def scale_by_dirichlet(
 
         # 1. Finish the last gradient: how good were the rates so far? A non-finite gradient
         # shows in its inner product, whatever the other factor is.
-        h = -_blocks.block_dots(updates, state.last_direction, index, num_blocks)
+        # The barrier: what reads the memory here, and what adds to it below, would else share a
+        # copy of it in float32.
+        last_direction = jax.lax.optimization_barrier(state.last_direction)
+        h = -_blocks.block_dots(updates, last_direction, index, num_blocks)
         finite = jnp.all(jnp.isfinite(h))
         if gradient is not None:
-            h = -_blocks.block_dots(gradient, state.last_direction, index, num_blocks)
+            h = -_blocks.block_dots(gradient, last_direction, index, num_blocks)
             finite &= jnp.all(jnp.isfinite(h))
         if extra_args.get("value") is not None:
             finite &= jnp.all(jnp.isfinite(extra_args["value"]))
@@ -328,6 +318,8 @@ def scale_by_dirichlet(
 
         # 4. Scale the directions.
         finite &= jnp.all(jnp.isfinite(multiplier * rates))
+        if guarded:
+            extra_args = {**extra_args, "finite": finite}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         scaled = jax.tree.map(
             functools.partial(scale, finite=finite),
@@ -355,14 +347,15 @@ def scale_by_dirichlet(
             max_rate=high,
             last_direction=jax.tree.map(
                 accumulate,
-                direction,
+                inner.again(inner_state, params) if guarded else direction,
                 _blocks.spread(weight, index, direction),
                 state.last_direction,
                 _blocks.spread(f32(horizon) * kept, index, direction),
             ),
             inner_state=inner_state,
         )
-        new_state = jax.tree.map(functools.partial(choose, finite), new_state, state)
+        kept_state = state._replace(inner_state=inner_state) if guarded else state
+        new_state = jax.tree.map(functools.partial(choose, finite), new_state, kept_state)
         return scaled, new_state._replace(
             count=optax.safe_increment(state.count),
             skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
