@@ -78,7 +78,7 @@ def test_two_processes_end_where_one_ends():
 
 
 def test_two_processes_survive_the_loss_of_one():
-    epochs = 40
+    epochs = 25
     with two_processes("runs/killed", epochs) as (survivor, victim):
         deadline = time.monotonic() + 200
         checkpoints = Path("runs/killed/checkpoints")
