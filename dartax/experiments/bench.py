@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dartax.experiments import optimizers
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
-from dartax.experiments.run_folder import git_commit, versions, write_json
+from dartax.experiments.run_folder import git_commit, make_folder, versions, write_json
 from dartax.experiments.scores import aligned
 
 PyTree = Any
@@ -200,13 +200,7 @@ def run(
     parsed = [Size.parse(text) for text in sizes]
     names = [TARGET, *(name for name in dict.fromkeys(names) if name != TARGET)]
     workdir = Path(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
-            "pass another --workdir."
-        ) from error
+    make_folder(workdir)
     total = len(parsed) * len(names) * (rounds + 1)
     with tqdm(total=total, unit="turn", disable=not progress) as bar:
         results = {

@@ -24,7 +24,7 @@ import dartax
 from dartax.experiments import config as config_lib
 from dartax.experiments import optimizers, tasks
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
-from dartax.experiments.run_folder import git_commit, versions, write_whole
+from dartax.experiments.run_folder import git_commit, make_folder, versions, write_whole
 from dartax.experiments.tasks import TaskConfig
 
 PyTree = Any
@@ -364,13 +364,7 @@ def run(
                 f"{nearest(name, [*config.optimizers])}"
             )
     workdir = Path(config.workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
-            "pass another --workdir."
-        ) from error
+    make_folder(workdir)
     found = {task: read_cells(workdir, task) for task in config.tasks}
     missing = [
         (task, name)

@@ -25,6 +25,21 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def make_folder(workdir: Path) -> None:
+    """Makes ``workdir`` where it is missing.
+
+    Raises:
+      ConfigError: If it cannot be made.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
+            "pass another --workdir."
+        ) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` as JSON."""
     write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -24,6 +24,7 @@ from dartax.experiments.run_folder import (
     Checkpoints,
     MetricsFile,
     git_commit,
+    make_folder,
     read_metrics,
     versions,
     write_json,
@@ -292,8 +293,8 @@ def finish(
 def claim_workdir(config: Config, workdir: Path) -> None:
     """Writes ``config.toml``, or checks that the run folder belongs to the same configuration."""
     path = workdir / "config.toml"
+    make_folder(workdir)
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             config_lib.save(config, path)
     except OSError as error:
