@@ -50,7 +50,7 @@ _LOG_V = (
     (0.001304382, 0.003236436, 0.009511465, -0.0188342, -0.01401261, 0.03582761, -0.0161922),
 )
 # Proposals for each draw. One is accepted with probability 0.95 at a = 1 and more above: of 8e7
-# draws one finds none, and takes its last.
+# draws one finds none, and is the mode.
 _PROPOSALS = 6
 
 
@@ -203,8 +203,8 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
     right side is 3 d r(y) with r(y) = log(1 + y) - y + y^2 / 2 - y^3 / 3, about -y^4 / 4, in
     which nothing large cancels. Below a = 1 a draw for a + 1 is multiplied by u^(1 / a).
 
-    The generator of the key is asked for two words per draw. What the proposals need more is
-    mixed from them, which takes a fifth of the time.
+    The generator of the key is asked for two words per draw; what the proposals need more is
+    mixed from them, which costs less.
     """
     dtype = jnp.promote_types(a.dtype, jnp.float32)
     bits = f"uint{dtype.itemsize * 8}"
@@ -213,7 +213,7 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
     d = jnp.where(boosted, a + 1, a).astype(dtype) - dtype.type(1 / 3)
     scale = jax.lax.rsqrt(4.5 * d)
 
-    chosen = jnp.zeros_like(d)
+    chosen = jnp.zeros_like(d)  # the mode, where none is accepted
     for number in reversed(range(_PROPOSALS)):
         y = _normal(_words(normal_seed, number), dtype) * scale
         valid = y > -1
@@ -221,8 +221,7 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
         series = -(y**4) * (1 / 4 - y * (1 / 5 - y * (1 / 6 - y * (1 / 7 - y / 8))))
         rest = jnp.where(jnp.abs(y) < 0.1, series, log1p - y + y**2 / 2 - y**3 / 3)
         accepted = valid & (_log_uniform(_words(uniform_seed, number), dtype) < 3 * d * rest)
-        # The last proposal is taken anyhow; the first that is accepted counts.
-        chosen = log1p if number == _PROPOSALS - 1 else jnp.where(accepted, log1p, chosen)
+        chosen = jnp.where(accepted, log1p, chosen)  # the first that is accepted counts
     log_x = jnp.log(d) + 3 * chosen
     log_boost = _log_uniform(_words(uniform_seed, _PROPOSALS), dtype) / a.astype(dtype)
     return jnp.where(boosted, log_x + log_boost, log_x).astype(a.dtype)
