@@ -2,9 +2,9 @@
 
 from dartax import dirichlet, random
 from dartax._dart import dart, scale_by_dart
+from dartax._describe import describe
 from dartax._inspect import (
     concentrations,
-    describe,
     expected_learning_rates,
     learning_rate_std,
     learning_rates,

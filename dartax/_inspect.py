@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dartax import dirichlet
 from dartax._blocks import PyTree, path_name
 from dartax._transform import ScaleByDartState, check_version
+
+# From a state to a value for each of its blocks.
+Values = Callable[[ScaleByDartState], jax.Array]
 
 
 def _is_state(node: Any) -> bool:
@@ -84,27 +86,60 @@ def _own_leaves(state: ScaleByDartState, params: PyTree) -> list[int]:
     return [i for i, slot in enumerate(slots) if not _is_masked(slot)]
 
 
-def _blocks_to_leaves(
-    opt_state: PyTree, params: PyTree, values: Callable[[ScaleByDartState], jax.Array]
-) -> PyTree:
-    """The ``[K]`` values of every DART state, as a tree of scalars shaped like ``params``."""
+def _values_of_leaves(
+    state: ScaleByDartState, params: PyTree, values: Values
+) -> list[tuple[int, jax.Array]]:
+    """The number of every leaf that the state controls, with the value of its block."""
+    per_block = values(state)
+    own = _own_leaves(state, params)
+    return [(leaf, per_block[i]) for i, leaf in zip(state.block_index, own, strict=True)]
+
+
+def _blocks_to_leaves(opt_state: PyTree, params: PyTree, values: Values) -> PyTree:
+    """The values of the blocks of every DART state, as a tree of scalars shaped like ``params``."""
     leaves, structure = jax.tree.flatten(params)
     result: list[Any] = [jnp.asarray(jnp.nan, jnp.float32)] * len(leaves)
     for _, state in _states(opt_state):
-        per_block = values(state)
-        for block, leaf in zip(state.block_index, _own_leaves(state, params), strict=True):
-            result[leaf] = per_block[block]
+        for leaf, value in _values_of_leaves(state, params, values):
+            result[leaf] = value
     return jax.tree.unflatten(structure, result)
 
 
+def _used(state: ScaleByDartState) -> jax.Array:
+    return state.last_rates
+
+
+def _of_blocks(per_component: jax.Array, state: ScaleByDartState) -> jax.Array:
+    """Without the slack, which is the last component where there is one."""
+    return per_component[: state.last_rates.shape[0]]
+
+
+def _concentration(state: ScaleByDartState) -> jax.Array:
+    return _of_blocks(state.concentration, state)
+
+
+def _share(state: ScaleByDartState) -> jax.Array:
+    """Mean share of the budget."""
+    return _of_blocks(dirichlet.mean(state.concentration), state)
+
+
 def _expected(state: ScaleByDartState) -> jax.Array:
-    share = dirichlet.mean(state.concentration)[: state.last_rates.shape[0]]
-    return state.last_multiplier * (state.min_rate + (state.max_rate - state.min_rate) * share)
+    budget = state.max_rate - state.min_rate
+    return state.last_multiplier * (state.min_rate + budget * _share(state))
 
 
 def _std(state: ScaleByDartState) -> jax.Array:
-    variance = dirichlet.variance(state.concentration)[: state.last_rates.shape[0]]
+    variance = _of_blocks(dirichlet.variance(state.concentration), state)
     return state.last_multiplier * (state.max_rate - state.min_rate) * jnp.sqrt(variance)
+
+
+# What metrics says of every leaf.
+_OF_LEAVES: dict[str, Values] = {
+    "rate": _used,
+    "expected_rate": _expected,
+    "rate_std": _std,
+    "concentration": _concentration,
+}
 
 
 def learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -122,7 +157,7 @@ def learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
     Raises:
       ValueError: If there is no DART state, or ``params`` has another number of leaves.
     """
-    return _blocks_to_leaves(opt_state, params, lambda state: state.last_rates)
+    return _blocks_to_leaves(opt_state, params, _used)
 
 
 def expected_learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -137,113 +172,66 @@ def learning_rate_std(opt_state: PyTree, params: PyTree) -> PyTree:
 
 def concentrations(opt_state: PyTree, params: PyTree) -> PyTree:
     """Concentration of the block of every leaf; see :func:`learning_rates`."""
-    return _blocks_to_leaves(opt_state, params, lambda s: s.concentration[: s.last_rates.shape[0]])
+    return _blocks_to_leaves(opt_state, params, _concentration)
 
 
-def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
-    """Scalars for a logger, safe inside ``jax.jit``.
+def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Array]:
+    """Scalars for a logger, safe inside ``jax.jit``; :mod:`dartax.plot` draws them.
 
     Args:
       opt_state: See :func:`learning_rates`.
+      params: The parameters, for scalars of every leaf as well.
 
     Returns:
-      ``dart/step`` and ``dart/skipped`` (updates so far, and those skipped for a non-finite
-      gradient), ``dart/multiplier`` (the user's schedule), ``dart/spent`` (mean share of
-      the budget that the blocks spend, in [0, 1]), and the smallest, mean and largest over
-      blocks of the rates at the last update (``dart/rate_*``) and of their means
-      (``dart/expected_rate_*``). With several DARTs in ``opt_state`` the label of
-      ``optax.partition`` follows, or a number: ``dart/LABEL/step``, ``dart/0/step``.
+      - ``dart/step`` and ``dart/skipped``: updates so far, and those skipped for a non-finite
+        gradient.
+      - ``dart/multiplier`` (the user's schedule), ``dart/min_rate`` and ``dart/max_rate`` (the
+        ends of the rates before it).
+      - ``dart/spent``: mean share of the budget that the blocks spend, in [0, 1].
+      - ``dart/concentration_total``: sum of all concentrations, the slack's too. The share of a
+        block is Beta(concentration, total - concentration).
+      - ``dart/rate_*`` and ``dart/expected_rate_*`` with ``min``, ``mean`` and ``max``, over
+        blocks, of the rates at the last update and of their means.
+      - With ``params`` also ``dart/rate/PATH``, ``dart/expected_rate/PATH``,
+        ``dart/rate_std/PATH`` and ``dart/concentration/PATH`` of every leaf that a DART
+        controls, with paths such as ``Dense_0/kernel``.
+
+      With several DARTs in ``opt_state`` the label of ``optax.partition`` follows, or a number:
+      ``dart/LABEL/step``, ``dart/0/step``.
+
+    Raises:
+      ValueError: If there is no DART state, or ``params`` has another number of leaves.
+
+    Examples:
+      >>> import dartax, jax.numpy as jnp
+      >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}}
+      >>> metrics = dartax.metrics(dartax.dart(init_rate=1e-4).init(params), params)
+      >>> {name: round(float(x), 6) for name, x in metrics.items() if "expected_rate/" in name}
+      {'dart/expected_rate/dense/bias': 0.0001, 'dart/expected_rate/dense/kernel': 0.0001}
     """
     states = _states(opt_state)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     result: dict[str, jax.Array] = {}
     for label, (_, state) in zip(_labels(states), states, strict=True):
         prefix = f"dart/{label}/" if label else "dart/"
-        num_blocks = state.last_rates.shape[0]
         result |= {
             prefix + "step": state.count,
             prefix + "skipped": state.skipped,
             prefix + "multiplier": state.last_multiplier,
-            prefix + "spent": jnp.sum(dirichlet.mean(state.concentration)[:num_blocks]),
+            prefix + "min_rate": state.min_rate,
+            prefix + "max_rate": state.max_rate,
+            prefix + "spent": jnp.sum(_share(state)),
+            prefix + "concentration_total": jnp.sum(state.concentration),
         }
-        for name, rates in (("rate", state.last_rates), ("expected_rate", _expected(state))):
-            if num_blocks:
+        for name, rates in (("rate", _used(state)), ("expected_rate", _expected(state))):
+            if rates.size:
                 result |= {
                     f"{prefix}{name}_min": jnp.min(rates),
                     f"{prefix}{name}_mean": jnp.mean(rates),
                     f"{prefix}{name}_max": jnp.max(rates),
                 }
+        if params is not None:
+            for name, values in _OF_LEAVES.items():
+                for leaf, value in _values_of_leaves(state, params, values):
+                    result[f"{prefix}{name}/{paths[leaf]}"] = value
     return result
-
-
-def _health(state: ScaleByDartState, block: int) -> str:
-    """One word or two on whether the block's rate is learning."""
-    if state.count == 0:
-        return "not started"
-    if state.count - state.skipped > 1 and state.hypergradient[block] == 0:
-        return "no gradient"
-    if dirichlet.mean(state.concentration)[block] > 0.99:
-        return "at max_rate"
-    return "learning"
-
-
-def describe(opt_state: PyTree, params: PyTree) -> str:
-    """A table for a person: each block with its mean rate, spread, last draw and health.
-
-    Args:
-      opt_state: See :func:`learning_rates`. Concrete arrays, not tracers.
-      params: The parameters.
-
-    Returns:
-      Text of a few lines for each DART state. ``health`` is ``learning``, ``not started``
-      (no update yet), ``no gradient`` (the last gradient of the block was orthogonal to its
-      steps, or zero) or ``at max_rate``.
-    """
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
-    tables = []
-    states = _states(opt_state)
-    for label, (_, state) in zip(_labels(states), states, strict=True):
-        if isinstance(state.count, jax.core.Tracer):
-            raise TypeError(
-                "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
-                "and metrics inside."
-            )
-        own = _own_leaves(state, params)
-        tables.append(_table(label, state, [paths[i] for i in own], [sizes[i] for i in own]))
-    return "\n\n".join(tables)
-
-
-def _table(label: str, state: ScaleByDartState, paths: list[str], sizes: list[int]) -> str:
-    num_blocks = state.last_rates.shape[0]
-    members: list[list[int]] = [[] for _ in range(num_blocks)]
-    for leaf, block in enumerate(np.asarray(state.block_index)):
-        members[block].append(leaf)
-    expected, std = np.asarray(_expected(state)), np.asarray(_std(state))
-    rows = [("block", "parameters", "E[rate]", "std", "last rate", "health")]
-    for block, leaves in enumerate(members):
-        names = ", ".join(paths[i] for i in leaves[:2])
-        rows.append(
-            (
-                names + (f" + {len(leaves) - 2} more" if len(leaves) > 2 else ""),
-                f"{sum(sizes[i] for i in leaves):,}",
-                f"{expected[block]:.3g}",
-                f"{std[block]:.2g}",
-                f"{float(state.last_rates[block]):.3g}",
-                _health(state, block),
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    title = f"DART{f' [{label}]' if label else ''} after {int(state.count)} updates"
-    spent = float(jnp.sum(dirichlet.mean(state.concentration)[:num_blocks]))
-    facts = (
-        f"{int(state.skipped)} skipped, multiplier {float(state.last_multiplier):.3g}, "
-        f"{spent:.3g} of the budget spent"
-    )
-    return "\n".join([f"{title}: {facts}", *lines])

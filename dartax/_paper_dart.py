@@ -43,6 +43,8 @@ from dartax._transform import (
 
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0
+# The published decays of the two moments.
+BETAS = (0.9, 0.999)
 
 
 def paper_rule(
@@ -67,7 +69,7 @@ def paper_dart(
     lr_min: Number = 1e-6,
     lr_max: Number = 1e-1,
     alpha: Number = 1.0,
-    betas: tuple[Number, Number] = (0.9, 0.999),
+    betas: tuple[Number, Number] = BETAS,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
     *,

@@ -413,4 +413,4 @@ def test_nnx_optimizer():
     np.testing.assert_allclose(np.mean(rates), mean_rate, rtol=1e-6)
     assert np.all(model.kernel[...] != before)
     lines = dartax.describe(optimizer, params).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["bias", "kernel"]
+    assert [line.split()[0] for line in lines[3:]] == ["bias", "kernel"]

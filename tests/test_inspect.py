@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import dartax
 
@@ -81,19 +82,44 @@ def test_metrics_are_scalars_inside_jit():
     np.testing.assert_allclose(metrics["dart/spent"], 3e-5, rtol=1e-4)
 
 
-def test_describe_tells_health():
-    optimizer = dartax.dart()
-    state = optimizer.init(PARAMS)
-    assert dartax.describe(state, PARAMS).count("not started") == 3
-    grads = {"dense": jax.tree.map(jnp.zeros_like, PARAMS["dense"]), "scale": jnp.ones(())}
-    for _ in range(3):
-        _, state = optimizer.update(grads, state, PARAMS)
-    table = dartax.describe(state, PARAMS)
-    assert table.count("no gradient") == 2
-    assert table.count("learning") == 1
-    assert "after 3 updates" in table
-    kernel = next(line for line in table.splitlines() if line.startswith("dense/kernel"))
-    assert kernel.split()[1] == "6"
+def test_metrics_of_every_leaf():
+    optimizer = dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4)
+    _, state = after(optimizer, 3)
+    metrics = jax.jit(dartax.metrics)(state, PARAMS)
+    accessors = {
+        "rate": dartax.learning_rates,
+        "expected_rate": dartax.expected_learning_rates,
+        "rate_std": dartax.learning_rate_std,
+        "concentration": dartax.concentrations,
+    }
+    for name, accessor in accessors.items():
+        leaves = accessor(state, PARAMS)
+        np.testing.assert_allclose(
+            metrics[f"dart/{name}/dense/kernel"], leaves["dense"]["kernel"], rtol=1e-6
+        )
+        np.testing.assert_allclose(metrics[f"dart/{name}/scale"], leaves["scale"], rtol=1e-6)
+    assert (metrics["dart/min_rate"], metrics["dart/max_rate"]) == (np.float32(0.1), 2.0)
+    # The rates and their spread follow from the concentrations: a Beta law.
+    a, total = metrics["dart/concentration/scale"], metrics["dart/concentration_total"]
+    share = scipy.stats.beta(a, total - a)
+    np.testing.assert_allclose(
+        metrics["dart/expected_rate/scale"], 0.5 * (0.1 + 1.9 * share.mean()), rtol=1e-5
+    )
+    np.testing.assert_allclose(metrics["dart/rate_std/scale"], 0.5 * 1.9 * share.std(), rtol=1e-5)
+    assert not any("/dense/" in name or name.endswith("/scale") for name in dartax.metrics(state))
+
+
+def test_metrics_of_several_darts_and_of_leaves_without_one():
+    labels = {"dense": {"bias": "plain", "kernel": "matrix"}, "scale": "other"}
+    transforms = {"matrix": dartax.dart(), "other": dartax.paper_dart(), "plain": optax.sgd(0.1)}
+    state = optax.partition(transforms, labels).init(PARAMS)
+    metrics = dartax.metrics(state, PARAMS)
+    assert {name for name in metrics if "expected_rate/" in name} == {
+        "dart/matrix/expected_rate/dense/kernel",
+        "dart/other/expected_rate/scale",
+    }
+    np.testing.assert_allclose(metrics["dart/matrix/concentration_total"], 1e6, rtol=1e-5)
+    assert metrics["dart/other/concentration_total"] == 1.0
 
 
 def test_state_is_found_in_any_nesting():

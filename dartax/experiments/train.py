@@ -34,13 +34,8 @@ PyTree = Any
 
 # Columns of metrics.csv ahead of those of the blocks.
 COLUMNS = ["step", "epoch", "wall_s", "train_loss", "test_loss", "test_accuracy", "rate"]
-# Columns of every block, such as expected_rate/Dense_0/kernel, and the accessor behind each.
-BLOCK_COLUMNS: dict[str, Callable[[PyTree, PyTree], PyTree]] = {
-    "rate": dartax.learning_rates,
-    "expected_rate": dartax.expected_learning_rates,
-    "rate_std": dartax.learning_rate_std,
-    "concentration": dartax.concentrations,
-}
+# Scalars of dartax.metrics beside those of every leaf, such as expected_rate/Dense_0/kernel.
+SCALARS = ("concentration_total", "spent", "skipped", "multiplier", "min_rate", "max_rate")
 
 
 class TrainState(NamedTuple):
@@ -143,14 +138,10 @@ def compile_functions(
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def rates(state):
-        row = {}
-        for column, accessor in BLOCK_COLUMNS.items():
-            leaves = jax.tree_util.tree_leaves_with_path(accessor(state.opt_state, state.params))
-            for path, value in leaves:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                row[f"{column}/{name}"] = value
-        row["rate"] = dartax.metrics(state.opt_state)["dart/rate_mean"]
-        return row
+        found = dartax.metrics(state.opt_state, state.params)
+        row = {name.removeprefix("dart/"): value for name, value in found.items()}
+        kept = {name: value for name, value in row.items() if "/" in name or name in SCALARS}
+        return {"rate": row["rate_mean"], **kept}
 
     has_rates = optimizers.has_rates(config.optimizer.name)
     return Functions(

@@ -1,0 +1,327 @@
+"""The learned rates as a table for a person, with a word on the health of every block."""
+
+import collections
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dartax import _check, _dart, _paper_dart, dirichlet
+from dartax._blocks import PyTree, path_name
+from dartax._inspect import (
+    _concentration,
+    _expected,
+    _labels,
+    _of_blocks,
+    _own_leaves,
+    _share,
+    _states,
+    _std,
+    _used,
+)
+from dartax._transform import ScaleByDartState, debias
+
+WIDTH = 80
+# Within five percent of an end of the rates a block is pinned there.
+NEAR = 0.05
+# A block has collapsed where the standard deviation of its share is so many times the mean.
+WIDE = 2.0
+# paper_dart follows the sign of s wherever it points; the noise of an average over some 10
+# updates stays within this, two of its standard deviations.
+NOISE = 0.5
+
+
+class Block(NamedTuple):
+    """What is told of a block, and what its health is judged by.
+
+    Attributes:
+      expected: Mean rate, the schedule included, like the next two.
+      std: Standard deviation of the rate.
+      last_rate: The rate of the last update.
+      num: Gradients that have judged a rate so far.
+      hypergradient: The last of them, as a hypergradient.
+      share: Mean share of the budget.
+      spread: Standard deviation of the share over its mean.
+      lift: Mean rate over ``min_rate``, less one.
+      concentration: Of the Dirichlet.
+      slack: Mean share of the budget that no block spends; ``None`` without a slack.
+      s: Mean of the last gradients over their root mean square: near 1 where longer steps would
+        have been better, near -1 where shorter ones would. See ``_dart.py``.
+      s_long: The same over a longer window, or ``s`` where there is none.
+    """
+
+    expected: float
+    std: float
+    last_rate: float
+    num: int
+    hypergradient: float
+    share: float
+    spread: float
+    lift: float
+    concentration: float
+    slack: float | None
+    s: float
+    s_long: float
+
+
+def _not_started(block: Block) -> bool:
+    return block.num == 0
+
+
+def _no_signal(block: Block) -> bool:
+    return block.hypergradient == 0
+
+
+def _at_max(block: Block) -> bool:
+    if block.slack is None:
+        return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
+    return block.share > 1 - NEAR or (block.slack < NEAR and _growing(block))
+
+
+def _at_min(block: Block) -> bool:
+    least = float(np.float32(_paper_dart.MIN_ALPHA))
+    return block.lift < NEAR or (block.slack is None and block.concentration <= least)
+
+
+def _collapsed(block: Block) -> bool:
+    return block.spread > WIDE
+
+
+def _growing(block: Block) -> bool:
+    return min(block.s, block.s_long) > (NOISE if block.slack is None else _dart.GROW_ABOVE)
+
+
+def _shrinking(block: Block) -> bool:
+    return block.s < (-NOISE if block.slack is None else _dart.RETREAT_BELOW)
+
+
+# The first rule that holds decides.
+RULES: dict[str, Callable[[Block], bool]] = {
+    "not started": _not_started,
+    "no signal": _no_signal,
+    "pinned at max": _at_max,
+    "pinned at min": _at_min,
+    "collapsed": _collapsed,
+    "growing": _growing,
+    "shrinking": _shrinking,
+    "settled": lambda block: True,
+}
+TROUBLE = ("no signal", "pinned at max", "pinned at min", "collapsed")
+
+
+def health(block: Block) -> str:
+    """The first of ``RULES`` that holds."""
+    return next(word for word, holds in RULES.items() if holds(block))
+
+
+def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
+    """The s and s_long of every block that the last update moved the concentrations by."""
+    has_slack = _has_slack(state)
+    num = state.count - state.skipped - 1
+    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.BETAS[1], num)
+    root = np.sqrt(np.asarray(nu))
+    inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
+    s = -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
+    trend = np.asarray(debias(state.moments.hyper_trend, _dart.B_TREND, num))
+    return s, np.where(trend == 0, s, -trend * inverse_root)
+
+
+def _has_slack(state: ScaleByDartState) -> bool:
+    return state.concentration.size > state.last_rates.size
+
+
+def _blocks(state: ScaleByDartState) -> list[Block]:
+    """Every block of the state, in the order of ``block_index``."""
+    share, min_rate = np.asarray(_share(state), float), float(state.min_rate)
+    variance = np.asarray(_of_blocks(dirichlet.variance(state.concentration), state), float)
+    spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
+    lift = (float(state.max_rate) - min_rate) * share / min_rate if min_rate else share + math.inf
+    s, s_long = _signals(state)
+    columns = {
+        "expected": _expected(state),
+        "std": _std(state),
+        "last_rate": _used(state),
+        "hypergradient": state.hypergradient,
+        "share": share,
+        "spread": spread,
+        "lift": lift,
+        "concentration": _concentration(state),
+        "s": s,
+        "s_long": s_long,
+    }
+    num = max(int(state.count - state.skipped) - 1, 0)
+    slack = 1 - float(np.sum(share)) if _has_slack(state) else None
+    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
+    return [Block(num=num, slack=slack, **dict(zip(columns, row, strict=True))) for row in rows]
+
+
+def shorten(name: str, width: int) -> str:
+    """``name`` with an ellipsis in its middle where it is longer than ``width``."""
+    if len(name) <= width:
+        return name
+    head = (width - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (width - 1 - head) :]}"
+
+
+def block_name(paths: Sequence[str], width: int = 1000) -> str:
+    """The leaves of a block in at most ``width`` characters: the first, and how many more."""
+    more = ""
+    for shown in (2, 1):
+        more = f" + {len(paths) - shown} more" if len(paths) > shown else ""
+        name = ", ".join(paths[:shown]) + more
+        if len(name) <= width:
+            return name
+    return shorten(paths[0], width - len(more)) + more
+
+
+def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) -> str:
+    """A table for a person: each block with its mean rate, spread, last draw and health.
+
+    Args:
+      opt_state: See :func:`learning_rates`. Concrete arrays, not tracers.
+      params: The parameters.
+      max_rows: Of more blocks, only about so many are shown: those in trouble, then those whose
+        rates are farthest from the median; a line stands for those in between. ``None`` shows
+        all.
+
+    Returns:
+      Text of at most 80 columns, a table for each DART state. ``E[rate]``, ``std`` and ``last
+      rate`` include the schedule. ``health`` is the first of these words whose rule holds:
+
+      ==================  ======================================================================
+      ``not started``     No gradient has judged a rate yet: fewer than two updates.
+      ``no signal``       The last gradient of the block was zero, or orthogonal to its steps.
+      ``pinned at max``   The block has more than 95 % of the budget, or would grow where less
+                          than 5 % of it is slack; with ``paper_dart``: or its concentration is
+                          at 10, where the published formula clips it.
+      ``pinned at min``   The mean rate is within 5 % of a positive ``min_rate``; with
+                          ``paper_dart``: or the concentration is clipped at 0.1.
+      ``collapsed``       The standard deviation of the share is more than twice its mean
+                          (a concentration below about 1/4): nearly all draws are close to
+                          ``min_rate``, and a few are large.
+      ``growing``         ``min(s, s_long) > -0.3``, where ``dart`` raises the rate; with
+                          ``paper_dart``: ``s > 0.5``.
+      ``shrinking``       ``s < -0.75``, where ``dart`` takes it back; with ``paper_dart``:
+                          ``s < -0.5``.
+      ``settled``         None of these.
+      ==================  ======================================================================
+
+      s is the mean of the last gradients of the log concentration (with ``paper_dart``: of the
+      concentration) over their root mean square, with its sign turned, and s_long the same over
+      a longer window. The decays of ``paper_dart`` are taken to be its defaults.
+
+    Raises:
+      ValueError: If there is no DART state, or ``params`` has another number of leaves.
+      TypeError: If ``opt_state`` is traced.
+
+    Examples:
+      >>> import dartax, jax.numpy as jnp
+      >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}}
+      >>> print(dartax.describe(dartax.dart().init(params), params))
+      DART after 0 updates, 0 skipped: 2 not started
+      multiplier 1, rates in [0, 1], 2e-05 of the budget spent
+      block         parameters  E[rate]      std  last rate  health
+      dense/bias             2    1e-05  3.2e-06          0  not started
+      dense/kernel           6    1e-05  3.2e-06          0  not started
+    """
+    if max_rows is not None:
+        _check.number("max_rows", max_rows, "None or at least 1", lambda v: v >= 1, "40 is usual")
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
+    tables = []
+    states = _states(opt_state)
+    for label, (_, state) in zip(_labels(states), states, strict=True):
+        if isinstance(state.count, jax.core.Tracer):
+            raise TypeError(
+                "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
+                "and metrics inside."
+            )
+        blocks = _blocks(state)
+        members: list[list[int]] = [[] for _ in blocks]
+        for leaf, block in zip(
+            _own_leaves(state, params), np.asarray(state.block_index), strict=True
+        ):
+            members[block].append(leaf)
+        title = _title(label, state, blocks)
+        table = _table(
+            blocks,
+            names=[[paths[i] for i in leaves] for leaves in members],
+            sizes=[sum(sizes[i] for i in leaves) for leaves in members],
+            max_rows=max_rows or len(blocks),
+        )
+        tables.append("\n".join([*title, *table]))
+    return "\n\n".join(tables)
+
+
+def _title(label: str, state: ScaleByDartState, blocks: list[Block]) -> list[str]:
+    """What concerns all blocks."""
+    name = f"DART [{shorten(label, 30)}]" if label else "DART"
+    facts = f"{name} after {int(state.count)} updates, {int(state.skipped)} skipped: "
+    limits = f"rates in [{float(state.min_rate):.3g}, {float(state.max_rate):.3g}]"
+    spent = f"{sum(block.share for block in blocks):.3g} of the budget spent"
+    return [
+        *textwrap.wrap(facts + _count(map(health, blocks)), WIDTH, subsequent_indent="  "),
+        f"multiplier {float(state.last_multiplier):.3g}, {limits}, {spent}",
+    ]
+
+
+def _count(words: Iterable[str]) -> str:
+    """Such as "3 growing, 1 settled", in the order of the rules."""
+    found = collections.Counter(words)
+    return ", ".join(f"{found[word]} {word}" for word in RULES if found[word]) or "no block"
+
+
+def _table(
+    blocks: list[Block], names: list[list[str]], sizes: list[int], max_rows: int
+) -> list[str]:
+    """The aligned lines of the table, with a line for every run of blocks that is left out."""
+    header = ("parameters", "E[rate]", "std", "last rate", "health")
+    cells = [
+        (
+            f"{size:,}",
+            f"{block.expected:.3g}",
+            f"{block.std:.2g}",
+            f"{block.last_rate:.3g}",
+            health(block),
+        )
+        for block, size in zip(blocks, sizes, strict=True)
+    ]
+    shown = _choose(blocks, max_rows)
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    room = WIDTH - sum(widths) - 2 * len(widths)
+    labels = ["block"] + [block_name(names[i], room) for i in shown]
+    widths = [max(map(len, labels)), *widths]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        aligned[0], aligned[-1] = row[0].ljust(widths[0]), row[-1]
+        return "  ".join(aligned)
+
+    lines = [line(("block", *header))]
+    after = 0
+    for label, i in zip(labels[1:], shown, strict=True):
+        lines += [*_gap(blocks[after:i]), line((label, *cells[i]))]
+        after = i + 1
+    return lines + _gap(blocks[after:])
+
+
+def _choose(blocks: list[Block], max_rows: int) -> list[int]:
+    """The blocks to show: those in trouble first, then the extreme ones; in their order."""
+    rates = np.log([max(block.expected, 1e-45) for block in blocks])
+    distance = np.abs(rates - np.median(rates)) if blocks else rates
+    trouble = [health(block) in TROUBLE for block in blocks]
+    ranked = sorted(range(len(blocks)), key=lambda i: (not trouble[i], -distance[i]))
+    return sorted(ranked[:max_rows])
+
+
+def _gap(blocks: list[Block]) -> list[str]:
+    """A line for blocks that are left out, if there are any."""
+    if not blocks:
+        return []
+    rates = [block.expected for block in blocks]
+    range_ = f"{min(rates):.3g} to {max(rates):.3g}"
+    line = f"  … {len(blocks)} more, {range_}: {_count(map(health, blocks))}"
+    return [line if len(line) <= WIDTH else f"  … {len(blocks)} more, {range_}"]
