@@ -1,0 +1,226 @@
+"""Recorded metrics as arrays: what :mod:`dartax.plot` draws."""
+
+import csv
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dartax._describe import block_name
+
+# A leaf's column, such as expected_rate/Dense_0/kernel, behind the label of its DART.
+LEAF = re.compile(r"(?:(?P<label>.*?)/)?expected_rate/(?P<path>.+)")
+OF_LEAVES = ("rate", "expected_rate", "rate_std", "concentration")
+OF_DARTS = ("concentration_total", "spent", "multiplier", "min_rate", "max_rate")
+
+
+def read_rows(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a ``metrics.csv``; an empty cell is ``None``, a row cut short ends the file.
+
+    Raises:
+      ValueError: If a cell is not a number.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        # A kill can leave a last line without its end: only whole lines count.
+        lines = [line for line in file if line.endswith("\n")]
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        try:
+            rows.append({name: float(cell) if cell else None for name, cell in row.items()})
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} must hold a number in every cell, got another at line {number} ({error}); "
+                "delete that line."
+            ) from error
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What was recorded of B blocks at T steps.
+
+    Attributes:
+      step: Number of updates, ``[T]``.
+      paths: The leaves of every block.
+      labels: The DART of every block: the label of ``optax.partition``, or "".
+      columns: The values of blocks, ``[T, B]``, by the names in ``OF_LEAVES`` and ``OF_DARTS``;
+        without those that were not recorded.
+    """
+
+    step: np.ndarray
+    paths: tuple[tuple[str, ...], ...]
+    labels: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The values ``[T, B]`` of a column, or a sentence on what is missing."""
+        if name not in self.columns:
+            per_leaf = "/PATH of every leaf" if name in OF_LEAVES else ""
+            raise ValueError(
+                f"metrics must hold {name}{per_leaf}, got {', '.join(sorted(self.columns))}; "
+                "record dartax.metrics(opt_state, params)."
+            )
+        return self.columns[name]
+
+    def names(self, width: int) -> list[str]:
+        """A name of at most ``width`` characters for every block, without what all begin with."""
+        folders = [path.split("/")[:-1] for paths in self.paths for path in paths]
+        common = os.path.commonprefix(folders) if len(self.paths) > 1 else []
+        start = sum(len(folder) + 1 for folder in common)
+        return [block_name([path[start:] for path in paths], width) for paths in self.paths]
+
+    def rows(self, steps: Sequence[float] | None, num: int) -> list[int]:
+        """The rows recorded nearest to ``steps``; by default ``num`` of them, evenly spaced."""
+        if steps is None:
+            return sorted(set(np.linspace(0, len(self.step) - 1, num).round().astype(int)))
+        first, last = self.step[0], self.step[-1]
+        outside = [step for step in steps if not first <= step <= last]
+        if outside or not len(steps):
+            raise ValueError(
+                f"steps must be between the first and the last recorded step, {first:g} and "
+                f"{last:g}, got {outside[0] if outside else 'none'}; pass some of those."
+            )
+        return sorted({int(np.argmin(np.abs(self.step - step))) for step in steps})
+
+    def select(self, blocks: Sequence[str] | None) -> "History":
+        """The blocks of the named leaves, in the order of the names; ``None`` is all."""
+        if blocks is None:
+            return self
+        if isinstance(blocks, str):
+            raise TypeError(
+                f"blocks must be a sequence of names, got the string {blocks!r}; pass [{blocks!r}]."
+            )
+        number = {path: i for i, paths in enumerate(self.paths) for path in paths}
+        for name in blocks:
+            if name not in number:
+                near = difflib.get_close_matches(name, number, n=1, cutoff=0) or ["none"]
+                raise ValueError(
+                    f"blocks must name recorded leaves, got {name!r}; did you mean {near[0]!r}?"
+                )
+        return self._of(list(dict.fromkeys(number[name] for name in blocks)))
+
+    def _of(self, chosen: list[int]) -> "History":
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            columns={name: values[:, chosen] for name, values in self.columns.items()},
+        )
+
+
+def load(metrics: Any) -> History:
+    """Reads what :mod:`dartax.plot` takes; see there.
+
+    Raises:
+      TypeError: If ``metrics`` is of another kind.
+      ValueError: If it holds no rates of leaves.
+    """
+    columns = _columns(metrics)
+    leaves = [match for match in map(LEAF.fullmatch, columns) if match]
+    if not leaves:
+        some = ", ".join(list(columns)[:4]) or "nothing"
+        raise ValueError(
+            f"metrics must hold expected_rate/PATH of every leaf, got {some}; record "
+            "dartax.metrics(opt_state, params)."
+        )
+    labels = [match["label"] or "" for match in leaves]
+    prefixes = [f"{label}/" if label else "" for label in labels]
+    found: dict[str, np.ndarray] = {}
+    for name in OF_LEAVES + OF_DARTS:
+        endings = [f"/{match['path']}" if name in OF_LEAVES else "" for match in leaves]
+        keys = [prefix + name + ending for prefix, ending in zip(prefixes, endings, strict=True)]
+        if all(key in columns for key in keys):
+            found[name] = np.stack([columns[key] for key in keys], axis=1)
+    steps = columns.get("step", columns.get(prefixes[0] + "step"))
+    step = np.arange(len(found["expected_rate"])) if steps is None else steps
+    # A log may have rows of other things in between.
+    kept = np.isfinite(found["expected_rate"]).any(axis=1) & np.isfinite(step)
+    if not kept.any():
+        raise ValueError(
+            "metrics must hold at least one row with rates, got none; record some updates."
+        )
+    history = History(
+        step=step[kept],
+        paths=tuple((match["path"],) for match in leaves),
+        labels=tuple(labels),
+        columns={name: values[kept] for name, values in found.items()},
+    )
+    return _joined(history)
+
+
+def _joined(history: History) -> History:
+    """Leaves that share a block become one: they drew the same rates at every step."""
+    rate = history.columns.get("rate")
+    if rate is None or not np.any(rate > 0):
+        return history
+    blocks: dict[Any, list[int]] = {}
+    for leaf, label in enumerate(history.labels):
+        blocks.setdefault((label, rate[:, leaf].tobytes()), []).append(leaf)
+    joined = history._of([leaves[0] for leaves in blocks.values()])
+    return dataclasses.replace(
+        joined,
+        paths=tuple(tuple(history.paths[i][0] for i in leaves) for leaves in blocks.values()),
+    )
+
+
+def _columns(metrics: Any) -> dict[str, np.ndarray]:
+    """The columns of interest as float arrays of one length, without the prefix ``dart/``."""
+    if isinstance(metrics, str | os.PathLike):
+        path = Path(metrics) / "metrics.csv"
+        rows: Any = read_rows(path)
+        if not rows:
+            raise ValueError(
+                f"metrics must be a run folder with a metrics.csv of at least one row, got "
+                f"{os.fspath(metrics)!r}; pass the workdir of a dartax train."
+            )
+    elif hasattr(metrics, "keys") and hasattr(metrics, "__getitem__"):
+        names = {str(name).removeprefix("dart/"): name for name in metrics.keys()}  # noqa: SIM118
+        columns = {short: np.asarray(metrics[names[short]]) for short in filter(_of_dart, names)}
+        columns = {name: np.atleast_1d(column) for name, column in columns.items()}
+        shapes = {column.shape for column in columns.values()}
+        if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+            raise ValueError(
+                f"metrics must have columns of one length, got the shapes {sorted(shapes)}; "
+                "pass one value per recorded step."
+            )
+        return {name: column.astype(float) for name, column in columns.items()}
+    elif isinstance(metrics, Iterable):
+        rows = list(metrics)
+    else:
+        rows = [metrics]
+    if not all(isinstance(row, dict) for row in rows):
+        raise TypeError(
+            "metrics must be a sequence of dicts, a mapping of columns or the path of a run "
+            f"folder, got {type(metrics).__name__}; record dartax.metrics(opt_state, params)."
+        )
+    return _stack(rows)
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows as columns; what a row lacks is NaN."""
+    kept = jax.device_get(
+        [
+            {short: row[name] for name in row if _of_dart(short := name.removeprefix("dart/"))}
+            for row in rows
+        ]
+    )
+    names = dict.fromkeys(name for row in kept for name in row)
+
+    def value(row: dict[str, Any], name: str) -> float:
+        return float("nan") if row.get(name) is None else float(row[name])
+
+    return {name: np.array([value(row, name) for row in kept]) for name in names}
+
+
+def _of_dart(name: str) -> bool:
+    """Whether a column, without the prefix ``dart/``, is one that is drawn."""
+    parts = str(name).split("/")
+    return parts[-1] in ("step", *OF_DARTS) or any(part in OF_LEAVES for part in parts[:-1])
