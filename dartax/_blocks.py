@@ -80,7 +80,7 @@ def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
 
     Args:
       params: Parameter tree with n leaves.
-      blocks: ``None`` for one block per leaf, a pytree of labels (the structure of
+      blocks: ``None`` or ``"tensor"`` for one block per leaf, a pytree of labels (the structure of
         ``params`` or a prefix of it), or a function from a leaf's path, such as
         ``"Dense_0/kernel"``, to its label. Leaves with equal labels share a block.
 
@@ -91,7 +91,7 @@ def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
       ValueError: If a pytree of labels does not fit ``params``.
     """
     labels: list[Any]
-    if blocks is None:
+    if blocks is None or blocks == "tensor":
         labels = list(range(len(jax.tree.leaves(params))))
     elif callable(blocks):
         labels = [blocks(path_name(p)) for p, _ in jax.tree_util.tree_leaves_with_path(params)]

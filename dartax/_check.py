@@ -4,7 +4,7 @@ Only Python and NumPy numbers are compared with their range. Scalar arrays and t
 that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,15 @@ def weight_decay(value: Any) -> None:
     number(
         "weight_decay", value, "a non-negative number", lambda v: v >= 0, "pass 0.0 for no decay"
     )
+
+
+def blocks(value: Any, names: Sequence[str]) -> None:
+    """Checks that blocks which are named, not labelled, have one of ``names``."""
+    if isinstance(value, str) and value not in names:
+        raise ValueError(
+            f"blocks must be one of {', '.join(map(repr, names))}, a tree of labels or a function "
+            f"from a path to a label, got {value!r}; pass lambda path: 0 for one rate for all."
+        )
 
 
 def transformation(name: str, value: Any) -> None:

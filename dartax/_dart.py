@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
+from dartax._allocation import GRANULARITIES, allocate
 from dartax._blocks import Blocks
 from dartax._inner import adam, with_decayed_weights
 from dartax._transform import (
@@ -192,8 +193,11 @@ def scale_by_dart(
         deviation of a drawn rate is about ``concentration ** -0.5``.
       horizon: Decay, in [0, 1), of the memory of past steps that the next gradient is
         compared with; 0 is the one-step hypergradient.
-      blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
-        label. Leaves with equal labels share a rate. One block per leaf by default.
+      blocks: ``"tensor"`` (or ``None``): a rate for every leaf; ``"channel"``: for every index
+        of its last axis; ``"element"``: for every element. Or a pytree of labels, or a function
+        from a path such as ``"Dense_0/kernel"`` to a label: leaves with equal labels share a
+        rate. Channels and elements share out the rate of their tensor, by a second Dirichlet with
+        mean ``concentration``; they keep 20 bytes each.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
       direction_dtype: Name of the dtype of the memory of past steps; ``bfloat16`` holds it
@@ -239,9 +243,13 @@ def scale_by_dart(
     )
     _check.decay("horizon", horizon)
     _check.floating_dtype("direction_dtype", direction_dtype)
+    _check.blocks(blocks, ("tensor", *GRANULARITIES))
+    inner = default_inner() if inner is None else inner
+    if isinstance(blocks, str) and blocks in GRANULARITIES:
+        inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
     return scale_by_dirichlet(
         dart_rule(concentration, init_rate, min_rate, max_rate),
-        default_inner() if inner is None else inner,
+        inner,
         learning_rate=learning_rate,
         min_rate=min_rate,
         max_rate=max_rate,

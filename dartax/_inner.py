@@ -8,7 +8,7 @@ old state by itself, and its directions can be computed again from its state.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,15 +24,23 @@ class Guarded(optax.GradientTransformationExtraArgs):
       again: From (state, params) to the direction that the update which returned ``state`` gave, in
         float32 at least. Written differently, for XLA would find an equal computation and store
         its result.
+      reads_params: Whether ``again`` needs the parameters.
     """
 
     again: Callable[[PyTree, PyTree], PyTree]
+    reads_params: bool
 
     @classmethod
-    def make(cls, init: Any, update: Any, again: Callable[[PyTree, PyTree], PyTree]) -> "Guarded":
+    def make(
+        cls,
+        init: Any,
+        update: Any,
+        again: Callable[[PyTree, PyTree], PyTree],
+        reads_params: bool = False,
+    ) -> "Guarded":
         """The transform of these three functions."""
         transform = cls(init, update)
-        transform.again = again
+        transform.again, transform.reads_params = again, reads_params
         return transform
 
 
@@ -76,6 +84,38 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
     return Guarded.make(inner.init, update_fn, again)
 
 
+class GuardState(NamedTuple):
+    """State of :func:`guard`.
+
+    Attributes:
+      inner_state: State of the transform inside.
+      direction: What its last update gave.
+    """
+
+    inner_state: PyTree
+    direction: PyTree
+
+
+def guard(inner: optax.GradientTransformation) -> Guarded:
+    """``inner``, guarded, whatever it is, at the price of a copy of its last direction."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return GuardState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
+
+    def update_fn(updates, state, params=None, *, finite=True, **extra_args):
+        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new = GuardState(inner_state, direction)
+        state = jax.tree.map(functools.partial(choose, jnp.asarray(finite)), new, state)
+        return direction, state
+
+    def again(state, params):
+        del params
+        return state.direction
+
+    return Guarded.make(init_fn, update_fn, again)
+
+
 def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
@@ -87,7 +127,9 @@ def with_decayed_weights(
     inner: optax.GradientTransformation, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
     """``inner``, then :func:`decayed_weights`; guarded where ``inner`` is."""
-    decay = decayed_weights(weight_decay, mask)  # has no state of its own
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return inner
+    decay = optax.add_decayed_weights(weight_decay, mask)
     if not isinstance(inner, Guarded):
         return optax.chain(inner, decay)
 
@@ -102,4 +144,4 @@ def with_decayed_weights(
     def again(state, params):
         return decay.update(inner.again(state[0], params), state[1], params)[0]
 
-    return Guarded.make(init_fn, update_fn, again)
+    return Guarded.make(init_fn, update_fn, again, reads_params=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dartax import dirichlet
+from dartax._allocation import AllocationState, factor_variances, mean_factors, used_factors
 from dartax._blocks import PyTree, path_name
 from dartax._transform import ScaleByDartState, check_version
 
@@ -50,9 +51,11 @@ def _labels(states: list[tuple[str, ScaleByDartState]]) -> list[str]:
 
 def _map_arrays(state: ScaleByDartState) -> ScaleByDartState:
     """``state`` with plain arrays in the fields that are read here."""
+    within = state.inner_state
+    within = within._replace(inner_state=None) if isinstance(within, AllocationState) else None
     return jax.tree.map(
         lambda x: x[...],
-        state._replace(last_direction=None, inner_state=None),
+        state._replace(last_direction=None, inner_state=within),
         is_leaf=lambda x: hasattr(x, "shape"),
     )._replace(last_direction=state.last_direction)
 
@@ -105,6 +108,23 @@ def _blocks_to_leaves(opt_state: PyTree, params: PyTree, values: Values) -> PyTr
     return jax.tree.unflatten(structure, result)
 
 
+def _within(
+    opt_state: PyTree,
+    params: PyTree,
+    values: Callable[[AllocationState], list[jax.Array]],
+    otherwise: float,
+) -> PyTree:
+    """Values of the channels or elements of every leaf; ``otherwise`` where it has one rate."""
+    leaves, structure = jax.tree.flatten(params)
+    result: list[Any] = [jnp.asarray(otherwise, jnp.float32)] * len(leaves)
+    for _, state in _states(opt_state):
+        if isinstance(state.inner_state, AllocationState):
+            own = _own_leaves(state, params)
+            for leaf, value in zip(own, values(state.inner_state), strict=True):
+                result[leaf] = value
+    return jax.tree.unflatten(structure, result)
+
+
 def _used(state: ScaleByDartState) -> jax.Array:
     return state.last_rates
 
@@ -152,26 +172,43 @@ def learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
 
     Returns:
       A tree like ``params`` of float32 scalars, the user's schedule included: 0 before the
-      first update and after a skipped one, NaN for leaves that DART does not control.
+      first update and after a skipped one, NaN for leaves that DART does not control. With
+      ``blocks="channel"`` or ``"element"`` of arrays that broadcast with the leaves.
 
     Raises:
       ValueError: If there is no DART state, or ``params`` has another number of leaves.
     """
-    return _blocks_to_leaves(opt_state, params, _used)
+    rates = _blocks_to_leaves(opt_state, params, _used)
+    return jax.tree.map(jnp.multiply, rates, _within(opt_state, params, used_factors, 1.0))
 
 
 def expected_learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
     """Mean of the rates under the current Dirichlet; see :func:`learning_rates`."""
-    return _blocks_to_leaves(opt_state, params, _expected)
+    rates = _blocks_to_leaves(opt_state, params, _expected)
+    return jax.tree.map(jnp.multiply, rates, _within(opt_state, params, mean_factors, 1.0))
 
 
 def learning_rate_std(opt_state: PyTree, params: PyTree) -> PyTree:
     """Standard deviation of the rates under the current Dirichlet; see :func:`learning_rates`."""
-    return _blocks_to_leaves(opt_state, params, _std)
+
+    def of_product(rate, std, factor, factor_variance):
+        return jnp.sqrt((std * factor) ** 2 + factor_variance * (rate**2 + std**2))
+
+    return jax.tree.map(
+        of_product,
+        _blocks_to_leaves(opt_state, params, _expected),
+        _blocks_to_leaves(opt_state, params, _std),
+        _within(opt_state, params, mean_factors, 1.0),
+        _within(opt_state, params, factor_variances, 0.0),
+    )
 
 
 def concentrations(opt_state: PyTree, params: PyTree) -> PyTree:
-    """Concentration of the block of every leaf; see :func:`learning_rates`."""
+    """Concentration of the block of every leaf; see :func:`learning_rates`.
+
+    With ``blocks="channel"`` or ``"element"`` the tensor's; those within it are the field
+    ``within_concentration`` of the state.
+    """
     return _blocks_to_leaves(opt_state, params, _concentration)
 
 
@@ -194,7 +231,10 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
         blocks, of the rates at the last update and of their means.
       - With ``params`` also ``dart/rate/PATH``, ``dart/expected_rate/PATH``,
         ``dart/rate_std/PATH`` and ``dart/concentration/PATH`` of every leaf that a DART
-        controls, with paths such as ``Dense_0/kernel``.
+        controls, with paths such as ``Dense_0/kernel``. Where its channels or elements have
+        rates of their own these are the tensor's, their mean, and ``dart/factor_std/PATH`` is the
+        standard deviation over the tensor of what they are multiplied with on the mean: 0 as long
+        as nothing is learned there.
 
       With several DARTs in ``opt_state`` the label of ``optax.partition`` follows, or a number:
       ``dart/LABEL/step``, ``dart/0/step``.
@@ -234,4 +274,8 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
             for name, values in _OF_LEAVES.items():
                 for leaf, value in _values_of_leaves(state, params, values):
                     result[f"{prefix}{name}/{paths[leaf]}"] = value
+        if params is not None and isinstance(state.inner_state, AllocationState):
+            factors = zip(_own_leaves(state, params), mean_factors(state.inner_state), strict=True)
+            for leaf, factor in factors:
+                result[f"{prefix}factor_std/{paths[leaf]}"] = jnp.std(factor)
     return result

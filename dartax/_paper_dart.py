@@ -96,7 +96,8 @@ def paper_dart(
       learning_rate: Float or optax schedule that multiplies the learned rates.
       mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
-        label. Leaves with equal labels share a rate. One block per leaf by default.
+        label. Leaves with equal labels share a rate. One block per leaf by default. (With one
+        per element the published budget leaves ``lr_max / K`` to each: see :func:`dartax.dart`.)
       key: Seed of the draws, an int or a JAX key of any kind.
 
     Returns:
@@ -151,6 +152,7 @@ def paper_dart(
     _check.weight_decay(weight_decay)
     _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
     _check.schedule("learning_rate", learning_rate)
+    _check.blocks(blocks, ("tensor",))
     return optax.chain(
         decayed_weights(weight_decay, mask),
         scale_by_dirichlet(

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax import _blocks, random
+from dartax import _blocks, _check, _memory, random
 from dartax._blocks import BlockIndex, Blocks, PyTree
 from dartax._inner import Guarded, choose
 
-VERSION = 3
+VERSION = 4
 # Updates over which a rule sees the user's schedule fall.
 LOOK_AHEAD = 32
 
@@ -210,14 +210,6 @@ def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> ja
     return jnp.where(later < now, now - later, 0.0)  # also where one of them is NaN
 
 
-def accumulate(
-    direction: jax.Array, weight: jax.Array, last: jax.Array, kept: jax.Array
-) -> jax.Array:
-    """z_t = kept * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
-    z = kept * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
-    return z.astype(last.dtype)
-
-
 def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array:
     """``rate * direction`` in the dtype of the direction, or 0; multiplied in float32 at least."""
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
@@ -241,6 +233,23 @@ def scale_by_dirichlet(
     random.check_key(key)
     guarded = isinstance(inner, Guarded)
     inner = inner if guarded else optax.with_extra_args_support(inner)
+    # At horizon 0 the inner transform can stand in for the memory of past steps, if it needs no
+    # parameters for it: those of the last step are gone.
+    remembers = not (
+        guarded and not inner.reads_params and _check.is_number(horizon) and horizon == 0
+    )
+
+    def past_steps(state, params):
+        """z, the memory of past steps."""
+        if remembers:
+            # The barrier: what reads the memory first, and what adds to it later, would else
+            # share a copy of it in float32.
+            return jax.lax.optimization_barrier(state.last_direction)
+        share = state.last_draw.share[: state.last_rates.shape[0]]
+        spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
+        direction = inner.again(state.inner_state, params)
+        weight = _blocks.spread(state.last_multiplier * spent, state.block_index, direction)
+        return _memory.rebuild(direction, weight)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -265,7 +274,7 @@ def scale_by_dirichlet(
             last_multiplier=f32(multiplier),
             min_rate=f32(min_rate),
             max_rate=f32(max_rate),
-            last_direction=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=direction_dtype), params),
+            last_direction=_memory.empty(params, direction_dtype, remembers),
             inner_state=inner.init(params),
         )
 
@@ -276,22 +285,20 @@ def scale_by_dirichlet(
                 "the last update returned, and restore checkpoints into it."
             )
         check_version(state)
-        _blocks.check_updates("updates", updates, state.last_direction)
+        last_steps = past_steps(state, params)
+        _blocks.check_updates("updates", updates, last_steps)
         updates = jax.tree.map(jnp.asarray, updates)
         gradient = extra_args.get("grad")
         if gradient is not None:
-            _blocks.check_updates("grad", gradient, state.last_direction)
+            _blocks.check_updates("grad", gradient, last_steps)
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
         # 1. Finish the last gradient: how good were the rates so far? A non-finite gradient
         # shows in its inner product, whatever the other factor is.
-        # The barrier: what reads the memory here, and what adds to it below, would else share a
-        # copy of it in float32.
-        last_direction = jax.lax.optimization_barrier(state.last_direction)
-        h = -_blocks.block_dots(updates, last_direction, index, num_blocks)
+        h = -_blocks.block_dots(updates, last_steps, index, num_blocks)
         finite = jnp.all(jnp.isfinite(h))
         if gradient is not None:
-            h = -_blocks.block_dots(gradient, last_direction, index, num_blocks)
+            h = -_blocks.block_dots(gradient, last_steps, index, num_blocks)
             finite &= jnp.all(jnp.isfinite(h))
         if extra_args.get("value") is not None:
             finite &= jnp.all(jnp.isfinite(extra_args["value"]))
@@ -319,17 +326,29 @@ def scale_by_dirichlet(
         # 4. Scale the directions.
         finite &= jnp.all(jnp.isfinite(multiplier * rates))
         if guarded:
-            extra_args = {**extra_args, "finite": finite}
+            memory = state.last_direction if remembers else last_steps
+            extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        scaled = jax.tree.map(
-            functools.partial(scale, finite=finite),
-            direction,
-            _blocks.spread(multiplier * rates, index, direction),
-        )
+        new_direction = state.last_direction
+        if remembers:
+            weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
+            new_direction = jax.tree.map(
+                _memory.accumulate,
+                inner.again(inner_state, params) if guarded else direction,
+                _blocks.spread(weight, index, direction),
+                state.last_direction,
+                _blocks.spread(f32(horizon) * kept, index, direction),
+            )
+            new_direction = jax.tree.map(
+                functools.partial(choose, finite), new_direction, state.last_direction
+            )
+        leaf_rates = _blocks.spread(multiplier * rates, index, direction)
+        if guarded and inner.reads_params:
+            leaf_rates = jax.tree.map(_memory.after, new_direction, leaf_rates)
+        scaled = jax.tree.map(functools.partial(scale, finite=finite), direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
-        weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
         new_state = ScaleByDartState(
             version=state.version,
             count=state.count,
@@ -345,16 +364,12 @@ def scale_by_dirichlet(
             last_multiplier=multiplier,
             min_rate=low,
             max_rate=high,
-            last_direction=jax.tree.map(
-                accumulate,
-                inner.again(inner_state, params) if guarded else direction,
-                _blocks.spread(weight, index, direction),
-                state.last_direction,
-                _blocks.spread(f32(horizon) * kept, index, direction),
-            ),
+            last_direction=new_direction,
             inner_state=inner_state,
         )
-        kept_state = state._replace(inner_state=inner_state) if guarded else state
+        kept_state = state._replace(last_direction=new_direction)
+        if guarded:
+            kept_state = kept_state._replace(inner_state=inner_state)
         new_state = jax.tree.map(functools.partial(choose, finite), new_state, kept_state)
         return scaled, new_state._replace(
             count=optax.safe_increment(state.count),

@@ -9,12 +9,13 @@ from dartax.experiments import cli
 
 def test_bench_measures_and_draws(capsys):
     arguments = ["--sizes", "200x2", "1e3x4", "--rounds", "2", "--workdir", "runs/a"]
-    assert cli.main(["bench", *arguments, "--optimizers", "sgd", "paper_dart", "prodigy"]) == 0
+    names = ["sgd", "paper_dart", "prodigy", "dart_channel"]
+    assert cli.main(["bench", *arguments, "--draws", "100", "--optimizers", *names]) == 0
     table = capsys.readouterr().out
     content = json.loads(Path("runs/a/bench.json").read_text())
     assert list(content["sizes"]) == ["200x2", "1000x4"]
     for results in content["sizes"].values():
-        assert list(results) == ["adamw", "sgd", "paper_dart", "prodigy"]
+        assert list(results) == ["adamw", *names]
         assert results["adamw"]["ratio"] == 1.0
         assert all(
             value > 0
@@ -27,6 +28,9 @@ def test_bench_measures_and_draws(capsys):
         assert results["prodigy"]["state_bytes"] == pytest.approx(16, rel=0.2)
         assert results["sgd"]["state_bytes"] < results["paper_dart"]["state_bytes"]
     assert table.count("prodigy") == 2
+    assert content["draws"]["count"] == 100
+    assert content["draws"]["ratio"] == content["draws"]["jax_ms"] / content["draws"]["fast_ms"]
+    assert "100 gamma draws with gradient" in table
     assert max(map(len, table.splitlines())) <= 100
     assert Path("runs/a/bench.png").stat().st_size > 5_000
 
@@ -39,6 +43,7 @@ def test_bench_measures_and_draws(capsys):
         (["--sizes", "infx2"], "sizes must be PARAMETERSxTENSORS, .* got 'infx2'"),
         (["--optimizers", "dartt"], "optimizers must be known, got 'dartt'; did you mean 'dart'?"),
         (["--rounds", "0"], "rounds must be at least 1, got 0; pass 10."),
+        (["--draws", "-1"], "draws must be at least 0, got -1; pass 1000000."),
         (["--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
         (["--workdir", "/dev/null/a"], "workdir must be a writable folder, got '/dev/null/a'"),
     ],

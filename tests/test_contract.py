@@ -25,6 +25,7 @@ OPTIMIZERS = {
         blocks=lambda path: path.split("/")[-1],
         direction_dtype="float32",
     ),
+    "dart_element": functools.partial(dartax.dart, blocks="element", weight_decay=0.1),
     "paper_dart": functools.partial(dartax.paper_dart, weight_decay=0.1),
     "scale_by_dart": lambda **kwargs: optax.chain(
         optax.clip_by_global_norm(1.0), dartax.scale_by_dart(**kwargs), optax.scale(-1.0)

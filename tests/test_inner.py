@@ -76,3 +76,21 @@ def test_dart_around_either_is_the_same(weight_decay):
         assert dartax.metrics(state)["dart/skipped"] == 1
         runs.append((params, dartax.learning_rates(state, params)))
     assert_close(runs[0], runs[1], 1e-4)
+
+
+def test_horizon_0_needs_no_memory_of_the_last_step():
+    """The direction that Adam gives again is the one that a buffer would hold."""
+    make = functools.partial(dartax.dart, init_rate=1e-3, horizon=0.0, direction_dtype="float32")
+    runs = []
+    for inner in (None, optax.scale_by_adam(b2=0.99)):
+        optimizer, params = make(inner=inner), PARAMS
+        state, update = optimizer.init(params), jax.jit(optimizer.update)
+        for step, gradient in enumerate(gradients(12)):
+            if step in (0, 7):
+                gradient["bias"] = gradient["bias"].at[0].set(jnp.nan)
+            updates, state = update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        runs.append((params, dartax.learning_rates(state, params), state[0].hypergradient))
+        kept = [leaf.size for leaf in jax.tree.leaves(state[0].last_direction)]
+        assert kept == ([0, 0] if inner is None else [2, 6])
+    assert_close(runs[0], runs[1], 1e-4)

@@ -17,6 +17,7 @@ import optax
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from dartax import random
 from dartax.experiments import optimizers
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
 from dartax.experiments.run_folder import git_commit, make_folder, versions, write_json
@@ -26,6 +27,15 @@ PyTree = Any
 
 TARGET = "adamw"
 DEFAULT = (TARGET, "dart", "paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
+# What else dart is asked for, beside the optimizers by name.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dart_weight_decay": {"options": {"weight_decay": 1e-4}},
+    "dart_horizon_0": {"options": {"horizon": 0.0}},
+    "dart_optax_adam": {"inner": "optax_adam"},
+    "dart_lion": {"inner": "lion"},
+    "dart_channel": {"blocks": "channel"},
+    "dart_element": {"blocks": "element"},
+}
 # Steps of one turn: enough to leave the caches as a run of its own would.
 STEPS = 3
 # Steps that the schedules span; nothing here depends on it.
@@ -72,10 +82,10 @@ class Contender:
 
     def __init__(self, name: str, size: Size, dtype: Any):
         """Compiles the step: update and application, parameters and state donated."""
-        config = OptimizerConfig(
-            name=name,  # type: ignore[arg-type]  # checked by run
-            learning_rate=1.0 if optimizers.has_rates(name) else 1e-3,
-        )
+        variant = VARIANTS.get(name, {})
+        known: Any = "dart" if variant else name  # checked by run
+        rate = 1.0 if optimizers.has_rates(known) else 1e-3
+        config = OptimizerConfig(name=known, learning_rate=rate, **variant)
         optimizer = optimizers.build(config, HORIZON)
         self.params = make_params(size, dtype)
         # Copies: some optimizers put the parameters themselves into their state.
@@ -127,6 +137,26 @@ def bandwidth(dtype: Any, size: int) -> Callable[[], float]:
     return measure
 
 
+def measure_draws(count: int) -> dict[str, float]:
+    """Milliseconds of ``count`` gamma draws with their gradient, by either method."""
+    concentration = jnp.geomspace(0.1, 1e3, count, dtype=jnp.float32)
+    times = {}
+    for method in ("fast", "jax"):
+
+        def total(a, key, method=method):
+            return jnp.sum(random.loggamma(key, a, method=method))
+
+        draw = jax.jit(jax.value_and_grad(total))
+        jax.block_until_ready(draw(concentration, 0))
+        seconds = []
+        for key in range(1, 1 + STEPS):
+            start = time.perf_counter()
+            jax.block_until_ready(draw(concentration, key))
+            seconds.append(time.perf_counter() - start)
+        times[f"{method}_ms"] = 1e3 * float(np.median(seconds))
+    return {"count": count, **times, "ratio": times["jax_ms"] / times["fast_ms"]}
+
+
 def measure(size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any) -> dict[str, Any]:
     """Times the optimizers ``names`` on one size, in turns.
 
@@ -170,6 +200,7 @@ def run(
     *,
     dtype: str = "float32",
     rounds: int = 10,
+    draws: int = 10**6,
     workdir: str | Path = "runs/bench",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -180,6 +211,7 @@ def run(
       names: Optimizers; the target, AdamW, is put in front.
       dtype: Of parameters and gradients.
       rounds: Turns of every optimizer.
+      draws: Gamma draws to time; 0 leaves that out.
       workdir: Folder of the results; made where it is missing.
       progress: Whether to draw a progress bar.
 
@@ -190,13 +222,15 @@ def run(
       ConfigError: If an argument makes no benchmark.
     """
     for name in names:
-        if name not in optimizers.FACTORY:
-            known = list(optimizers.FACTORY)
+        known = [*optimizers.FACTORY, *VARIANTS]
+        if name not in known:
             raise ConfigError(f"optimizers must be known, got {name!r}; {nearest(name, known)}")
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}; pass 10.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}; pass one.")
+    if draws < 0:
+        raise ConfigError(f"draws must be at least 0, got {draws}; pass 1000000.")
     parsed = [Size.parse(text) for text in sizes]
     names = [TARGET, *(name for name in dict.fromkeys(names) if name != TARGET)]
     workdir = Path(workdir)
@@ -212,6 +246,7 @@ def run(
         "device": jax.devices()[0].device_kind,
         "git_commit": git_commit(),
         "versions": versions(),
+        "draws": measure_draws(draws) if draws else None,
         "sizes": results,
     }
     write_json(workdir / "bench.json", content)
@@ -238,6 +273,12 @@ def table(content: dict[str, Any]) -> str:
                 ]
             )
         lines += [*aligned(rows), ""]
+    if draws := content["draws"]:
+        lines += [
+            f"{draws['count']:,} gamma draws with gradient: fast {draws['fast_ms']:.0f} ms, "
+            f"jax.random {draws['jax_ms']:.0f} ms, {draws['ratio']:.1f} times as much",
+            "",
+        ]
     lines.append("bytes and state: bytes per parameter that a step moves, and that the state takes")
     return "\n".join(lines)
 

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     bench_parser.add_argument("--optimizers", nargs="+", metavar="NAME")
     bench_parser.add_argument("--dtype", default="float32", help="of parameters and gradients")
     bench_parser.add_argument("--rounds", type=int, default=10, help="turns of every optimizer")
+    bench_parser.add_argument("--draws", type=int, default=10**6, help="gamma draws to time")
     bench_parser.add_argument("--workdir", default="runs/bench", help="folder of the results")
     plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
@@ -132,6 +133,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         bench.DEFAULT if arguments.optimizers is None else arguments.optimizers,
         dtype=arguments.dtype,
         rounds=arguments.rounds,
+        draws=arguments.draws,
         workdir=arguments.workdir,
     )
     print(bench.table(content))

@@ -165,6 +165,8 @@ def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]
     entrant = dataclasses.asdict(config.optimizers[name])
     for key in ("tasks", "role"):
         del entrant[key]
+    if entrant["blocks"] == EntrantConfig.blocks:  # cells of before there was a choice
+        del entrant["blocks"]
     spec = {
         "task": dataclasses.asdict(config.tasks[task]),
         "optimizer": entrant,
@@ -241,7 +243,7 @@ def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
         if optimizers.has_rates(entrant.name):
             tree = dartax.expected_learning_rates(carry.opt_state, carry.params)
             for path, rate in jax.tree_util.tree_leaves_with_path(tree):
-                rates[jax.tree_util.keystr(path, simple=True, separator="/")] = rate
+                rates[jax.tree_util.keystr(path, simple=True, separator="/")] = jnp.mean(rate)
         return task.test_loss(params, data), rates
 
     return Program(

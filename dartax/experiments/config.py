@@ -59,6 +59,8 @@ class OptimizerConfig:
     inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion"] = "adam"
     """Direction of the step under dart; the others have their own. adam is dart's own default,
     optax_adam that of optax, whose second moment has a longer memory."""
+    blocks: Literal["tensor", "channel", "element"] = "tensor"
+    """What has a rate of its own under dart."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay of the multiplier to 0 over the run."""
     warmup: float = 0.0

@@ -114,6 +114,13 @@ def build(
             f"optimizer.inner must be left out under {config.name}, which has its own direction, "
             f"got {config.inner!r}; set optimizer.name to 'dart' or delete the line."
         )
+    if "blocks" in signature:
+        arguments["blocks"] = config.blocks
+    elif config.blocks != OptimizerConfig.blocks:
+        raise ConfigError(
+            f"optimizer.blocks must be left out under {config.name}, which has one rate for each "
+            f"tensor, got {config.blocks!r}; set optimizer.name to 'dart' or delete the line."
+        )
     known = [
         name
         for name, parameter in signature.items()

@@ -1,0 +1,354 @@
+"""Rates within a tensor: a second Dirichlet shares its rate out between channels or elements.
+
+The Dirichlet of ``_transform.py`` gives a tensor its rate. Each of its N channels or elements has a
+share of it, and moves with ``factor_i`` times that rate, whose mean over the tensor is 1:
+
+    w ~ Dirichlet(concentration),    factor_i = N * w_i
+
+(a Dirichlet whose components are shared out by Dirichlets is a Dirichlet again, if the
+concentrations add up). With h_i = -< g_i, z_i > as there, and l'_i = d log gamma_i / d log
+concentration_i, the gradient through the draw is
+
+    G_i = l'_i * h_i,    log concentration_i <- log concentration_i - STEP * m_i / sqrt(v_i)
+
+with its moments m, v: steps near STEP where every step so far should have been longer, or shorter,
+and near 0 where they disagree. Then all concentrations of the tensor are multiplied by one number,
+so that their mean stays. That what one element gains the others lose, the exact gradient has in a
+sum over all of them. Here it is left to the normalization: the elements with the steepest gradients
+would else take all there is, whatever the others ask for.
+
+A draw with its derivative costs as much as Adam's step of 40 elements. Of a large tensor, a step
+therefore renews one slice after the other: its concentrations learn, its steps as many times longer
+as the slices are many, and its shares are drawn again, their sum being its mean.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dartax import random
+from dartax._inner import Guarded, choose, guard
+
+PyTree = Any
+
+GRANULARITIES = ("channel", "element")
+
+# Decays of the moments, over the renewals of an element.
+B1, B2 = 0.9, 0.99
+# Change of a log concentration per update where the gradient always has one sign.
+STEP = 0.005
+# A slice is one of so many, but no smaller than LEAST values: small tensors are renewed whole.
+SLICES, LEAST = 32, 1024
+# Concentrations stay within this factor of their mean.
+RANGE = 100.0
+# Values that are learned and drawn at a time; the rest of the memory is that of Adam's step.
+ROW = 1 << 16
+
+
+class Shares(NamedTuple):
+    """What is kept of every channel or element; trees like the parameters, float32.
+
+    Their arrays have the shape of their leaf, or of its last axis: ``[1, ..., channels]``.
+
+    Attributes:
+      within_concentration: Of the Dirichlet of every tensor.
+      within_mu: First moment of the gradient of its logarithm.
+      within_nu: Second moment.
+      within_factor: What the rate of the tensor is multiplied with; 1 on the mean.
+      within_derivative: d log gamma / d log concentration of the last draw.
+    """
+
+    within_concentration: Any
+    within_mu: Any
+    within_nu: Any
+    within_factor: Any
+    within_derivative: Any
+
+
+class AllocationState(NamedTuple):
+    """State of a shared-out transform.
+
+    Attributes:
+      allocation_count: Number of renewals, int32.
+      allocation_key: Raw threefry key data, uint32 ``[2]``.
+      shares: See :class:`Shares`.
+      inner_state: State of the transform that gives the directions.
+    """
+
+    allocation_count: jax.Array
+    allocation_key: jax.Array
+    shares: Shares
+    inner_state: PyTree
+
+
+class Slice(NamedTuple):
+    """What a turn renews of a leaf: ``length`` along ``axis``, the longest one.
+
+    Whole rows of an array are written in place, a part of its flat form is not.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    length: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...]) -> "Slice":
+        """The slices of factors of this shape."""
+        shape = shape or (1,)
+        axis = int(np.argmax(shape))
+        others = max(math.prod(shape) // max(shape[axis], 1), 1)
+        length = max(math.ceil(shape[axis] / SLICES), math.ceil(LEAST / others))
+        return cls(shape, axis, min(length, shape[axis]))
+
+    @property
+    def size(self) -> int:
+        """How many values the leaf has."""
+        return math.prod(self.shape)
+
+    @property
+    def num_values(self) -> int:
+        """How many values a turn renews."""
+        return self.size // max(self.shape[self.axis], 1) * self.length
+
+    @property
+    def turns(self) -> int:
+        """How many turns renew them all."""
+        return max(math.ceil(self.shape[self.axis] / max(self.length, 1)), 1)
+
+    def start(self, count: jax.Array) -> jax.Array:
+        """Where the slice of this turn begins; the last one reaches back over another."""
+        return count % self.turns * self.length
+
+    def take(self, values: jax.Array, count: jax.Array) -> jax.Array:
+        """The values whose turn it is, in one dimension."""
+        values = values.reshape(self.shape)
+        part = jax.lax.dynamic_slice_in_dim(values, self.start(count), self.length, self.axis)
+        return part.reshape(-1)
+
+    def put(self, values: jax.Array, part: jax.Array, count: jax.Array) -> jax.Array:
+        """``values`` with those whose turn it is replaced."""
+        shape = list(self.shape)
+        shape[self.axis] = self.length
+        whole = jax.lax.dynamic_update_slice_in_dim(
+            values.reshape(self.shape), part.reshape(shape), self.start(count), self.axis
+        )
+        return whole.reshape(values.shape)
+
+
+class Turn:
+    """The values of all leaves whose turn it is, as one vector ``[R]``."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], count: jax.Array):
+        """The turn number ``count`` for factors of these shapes."""
+        self.slices = [Slice.of(shape) for shape in shapes]
+        self.count = count
+        self._lengths = [part.num_values for part in self.slices]
+        self.length = sum(self._lengths)
+
+    def gather(self, leaves: Sequence[jax.Array]) -> jax.Array:
+        """The values of the leaves."""
+        parts = zip(self.slices, leaves, strict=True)
+        return jnp.concatenate([part.take(leaf, self.count) for part, leaf in parts])
+
+    def scatter(self, leaves: Sequence[jax.Array], values: jax.Array) -> list[jax.Array]:
+        """The leaves with new values."""
+        parts = zip(self.slices, leaves, self.split(values), strict=True)
+        return [part.put(leaf, new, self.count) for part, leaf, new in parts]
+
+    def split(self, values: jax.Array) -> list[jax.Array]:
+        """The vector, leaf by leaf."""
+        return jnp.split(values, np.cumsum(self._lengths)[:-1])
+
+    def sums(self, values: jax.Array) -> list[jax.Array]:
+        """The sum over what belongs to every leaf."""
+        return [jnp.sum(part) for part in self.split(values)]
+
+    def spread(self, scalars: Sequence[Any]) -> jax.Array:
+        """A scalar of every leaf, for each of its values."""
+        pairs = zip(self._lengths, scalars, strict=True)
+        return jnp.concatenate([jnp.full(length, x, jnp.float32) for length, x in pairs])
+
+
+def factor_shape(leaf: jax.Array, granularity: str) -> tuple[int, ...]:
+    """Shape of the factors of a leaf; its channels are the last axis."""
+    shape = jnp.shape(leaf)
+    return shape if granularity == "element" else (1,) * (len(shape) - 1) + shape[-1:]
+
+
+def hypergradient(part: Slice, gradient: Any, memory: Any, count: jax.Array) -> jax.Array:
+    """H of the channels or elements whose turn it is: minus the inner products over the rest."""
+    if gradient.size == part.size:
+        gradient, memory = part.take(gradient, count), part.take(memory, count)
+        return -gradient.astype(jnp.float32) * memory.astype(jnp.float32)
+    product = gradient.astype(jnp.float32) * memory.astype(jnp.float32)
+    return part.take(-jnp.sum(product, range(product.ndim - 1), keepdims=True), count)
+
+
+def learn_and_draw(
+    key: jax.Array, shares: Shares, h: jax.Array, debias: Any, speed: Any, level: Any
+) -> Shares:
+    """One renewal, elementwise; in place of the factors are gamma draws, for want of their sum.
+
+    Args:
+      key: Of the draws.
+      shares: As they are, ``[R]`` each, as all that follows.
+      h: The hypergradients.
+      debias: What corrects m / sqrt(v) for the zeros that both started from.
+      speed: The longest change of a log concentration.
+      level: What brings the mean concentration of the leaf back to where it was.
+    """
+    concentration, mu, nu, _, derivative = shares
+    gradient = derivative * h
+    mu = B1 * mu + (1 - B1) * gradient
+    nu = B2 * nu + (1 - B2) * gradient**2
+    root = jnp.sqrt(nu)
+    s = -debias * jnp.where(root > 0, mu / jnp.where(root > 0, root, 1.0), 0.0)
+    concentration = level * concentration * jnp.exp(speed * jnp.clip(s, -1.0, 1.0))
+    log_gamma = random.loggamma(key, concentration, method="fast")
+    derivative = random.log_derivative(log_gamma, concentration)
+    return Shares(concentration, mu, nu, jnp.exp(log_gamma), derivative)
+
+
+def in_rows(function: Any, length: int, *vectors: PyTree) -> PyTree:
+    """``function(number, *rows)`` over the rows of vectors ``[length]``, in a loop.
+
+    The loop keeps XLA from compiling all of it again for every leaf that reads a part of it.
+    """
+    num_rows = max(2, math.ceil(length / ROW))
+    width = math.ceil(length / num_rows)
+
+    def rows(vector):
+        padded = jnp.pad(vector, (0, num_rows * width - length), constant_values=1.0)
+        return padded.reshape(num_rows, width)
+
+    result = jax.lax.map(
+        lambda row: function(*row), (jnp.arange(num_rows), *jax.tree.map(rows, vectors))
+    )
+    return jax.tree.map(lambda table: table.reshape(-1)[:length], result)
+
+
+def renew(
+    state: AllocationState,
+    gradient: PyTree,
+    memory: PyTree,
+    concentration: Any,
+    finite: jax.Array,
+) -> AllocationState:
+    """One turn: the slices learn from their hypergradients and are drawn again.
+
+    Args:
+      state: As it is.
+      gradient: Of the loss.
+      memory: z, the steps of the past that it is compared with.
+      concentration: Mean concentration.
+      finite: Whether all this is finite; the state stays as it is otherwise.
+    """
+    structure: Any = jax.tree.structure(state.shares.within_factor)
+    leaves = Shares(*(jax.tree.leaves(tree) for tree in state.shares))
+    count = state.allocation_count
+    turn = Turn([leaf.shape for leaf in leaves.within_factor], count)
+    slices = turn.slices
+    old = Shares(*(turn.gather(arrays) for arrays in leaves))
+
+    products = zip(slices, jax.tree.leaves(gradient), jax.tree.leaves(memory), strict=True)
+    h = jnp.concatenate([hypergradient(part, g, z, count) for part, g, z in products])
+    nums = [(count // part.turns + 1).astype(jnp.float32) for part in slices]
+    means = [jnp.mean(leaf) for leaf in leaves.within_concentration]
+    of_leaves = (
+        [jnp.sqrt(1 - B2**num) / (1 - B1**num) for num in nums],
+        [STEP * part.turns for part in slices],
+        [concentration / mean for mean in means],
+    )
+    key = jax.random.wrap_key_data(state.allocation_key, impl="threefry2x32")
+    key = jax.random.fold_in(key, count)
+
+    def row(number, shares, *vectors):
+        shares = learn_and_draw(jax.random.fold_in(key, number), shares, *vectors)
+        low, high = concentration / RANGE, concentration * RANGE
+        return shares._replace(
+            within_concentration=jnp.clip(shares.within_concentration, low, high)
+        )
+
+    new = in_rows(row, turn.length, old, h, *(turn.spread(scalars) for scalars in of_leaves))
+    # The shares of a slice sum to their mean, that of its concentrations over those of the leaf.
+    before, after = turn.sums(old.within_concentration), turn.sums(new.within_concentration)
+    scales = [
+        a / ((mean + (a - b) / max(part.size, 1)) * jnp.maximum(gamma, 1e-30))
+        for part, mean, b, a, gamma in zip(
+            slices, means, before, after, turn.sums(new.within_factor), strict=True
+        )
+    ]
+    new = new._replace(within_factor=new.within_factor * turn.spread(scales))
+    new = [choose(finite, *pair) for pair in zip(new, old, strict=True)]
+    trees = [
+        jax.tree.unflatten(structure, turn.scatter(arrays, values))
+        for arrays, values in zip(leaves, new, strict=True)
+    ]
+    return state._replace(
+        allocation_count=jnp.where(finite, optax.safe_increment(count), count),
+        shares=Shares(*trees),
+    )
+
+
+def allocate(
+    inner: optax.GradientTransformation, granularity: str, concentration: Any, key: Any
+) -> Guarded:
+    """The directions of ``inner``, each channel or element times its factor."""
+    inner = inner if isinstance(inner, Guarded) else guard(inner)
+
+    def init_fn(params):
+        def full(value):
+            return jax.tree.map(
+                lambda p: jnp.full(factor_shape(p, granularity), value, jnp.float32), params
+            )
+
+        # A stream of its own beside that of the tensors, which the same key begins.
+        stream = jax.random.fold_in(random.threefry_key(key), 1)
+        return AllocationState(
+            allocation_count=jnp.zeros([], jnp.int32),
+            allocation_key=jnp.array(jax.random.key_data(stream)),
+            shares=Shares(full(concentration), full(0.0), full(0.0), full(1.0), full(0.0)),
+            inner_state=inner.init(params),
+        )
+
+    def times(direction, factor):
+        return (factor * direction.astype(jnp.float32)).astype(direction.dtype)
+
+    def update_fn(updates, state, params=None, *, finite=True, memory, grad=None, **extra_args):
+        gradient = updates if grad is None else grad
+        finite = jnp.asarray(finite)
+        new = renew(state, gradient, memory, concentration, finite)
+        direction, inner_state = inner.update(
+            updates, state.inner_state, params, finite=finite, **extra_args
+        )
+        direction = jax.tree.map(times, direction, new.shares.within_factor)
+        return direction, new._replace(inner_state=inner_state)
+
+    def again(state, params):
+        direction = inner.again(state.inner_state, params)
+        return jax.tree.map(times, direction, state.shares.within_factor)
+
+    return Guarded.make(init_fn, update_fn, again, inner.reads_params)
+
+
+def used_factors(state: AllocationState) -> list[jax.Array]:
+    """What the rates of the leaves were multiplied with at the last update."""
+    return jax.tree.leaves(state.shares.within_factor)
+
+
+def mean_factors(state: AllocationState) -> list[jax.Array]:
+    """Mean of the factors under their Dirichlet."""
+    leaves = jax.tree.leaves(state.shares.within_concentration)
+    return [leaf / jnp.mean(leaf) for leaf in leaves]
+
+
+def factor_variances(state: AllocationState) -> list[jax.Array]:
+    """Variance of the factors under their Dirichlet."""
+    leaves = jax.tree.leaves(state.shares.within_concentration)
+    pairs = [(leaf / jnp.mean(leaf), leaf, jnp.sum(leaf)) for leaf in leaves]
+    return [mean**2 * (total - leaf) / (leaf * (total + 1)) for mean, leaf, total in pairs]

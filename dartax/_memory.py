@@ -1,0 +1,47 @@
+"""The memory of past steps, which the next gradient is compared with.
+
+    z_t = horizon * z_{t-1} + weight_t * u_t
+
+is a tree like the parameters. At horizon 0 it is the last direction alone, which some transforms
+can give again from their state: then nothing is kept of it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def empty(params: PyTree, dtype: Any, kept: bool) -> PyTree:
+    """Z before the first step; arrays without elements where it is not kept."""
+
+    def leaf(p):
+        return jnp.zeros(jnp.shape(p) if kept else (0,) * jnp.ndim(p), dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def rebuild(direction: PyTree, weight: PyTree) -> PyTree:
+    """Z at horizon 0, from the direction of the last step."""
+    return jax.tree.map(lambda u, w: w * u.astype(jnp.float32), direction, weight)
+
+
+def accumulate(
+    direction: jax.Array, weight: jax.Array, last: jax.Array, kept: jax.Array
+) -> jax.Array:
+    """z_t = kept * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
+    z = kept * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
+    return z.astype(last.dtype)
+
+
+def after(memory: jax.Array, value: jax.Array) -> jax.Array:
+    """``value``, which XLA must compute after ``memory``; NaN where ``memory`` begins with NaN.
+
+    New parameters are written over the old ones, without a copy of these, only where the program
+    shows that all that reads the old ones has been computed before.
+    """
+    if memory.size == 0:
+        return value
+    return jnp.where(jnp.isnan(memory[(0,) * memory.ndim]), jnp.nan, value)
