@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``dartax train``, ``compare``, ``bench`` or ``plot``; returns the exit status."""
+    """Runs ``dartax train`` or another of its commands; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="dartax", description="Learning rates as a learned Dirichlet distribution."
     )
@@ -53,14 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     bench_parser.add_argument("--rounds", type=int, default=10, help="turns of every optimizer")
     bench_parser.add_argument("--draws", type=int, default=10**6, help="gamma draws to time")
     bench_parser.add_argument("--workdir", default="runs/bench", help="folder of the results")
-    plot_parser = commands.add_parser("plot", help="draw the pictures of a run again")
+    plot_parser = commands.add_parser("plot", help="draw all pictures of a run")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    report_parser = commands.add_parser("report", help="make one page of a run: RUN/report.html")
+    report_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
     try:
-        from dartax.experiments import config, data, devices, plots, train
+        from dartax.experiments import config, data, devices, plots, report, train
     except ModuleNotFoundError as error:
         print(
             f"dartax: the command needs the package {error.name}; pip install 'dartax[train]'.",
@@ -75,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "plot":
             for path in plots.draw(arguments.run):
                 print(path)
+            return 0
+        if arguments.command == "report":
+            print(report.write(arguments.run))
             return 0
         prog = "dartax train CONFIG"
         if arguments.config is None:
@@ -96,11 +101,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     workdir = Path(chosen.workdir)
     if (workdir / "rates.txt").exists():
-        print((workdir / "rates.txt").read_text(), end="")
+        print((workdir / "rates.txt").read_text(encoding="utf-8"), end="")
     print(
         f"test loss {summary['test_loss']:.4f}, test accuracy "
         f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
-        f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}"
+        f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}, "
+        f"more by dartax report {workdir}"
     )
     return 0
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dartax.experiments.compare import CompareConfig
-from dartax.experiments.plots import styles
 from dartax.experiments.scores import Cells, counted, losses
+from dartax.plot._theme import styles
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 DART, TARGET = "#D55E00", "#0072B2"

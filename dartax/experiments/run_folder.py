@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from dartax._transform import VERSION
 from dartax.experiments.config import ConfigError
+from dartax.plot._history import read_rows
 
 PyTree = Any
 
@@ -21,7 +22,7 @@ PyTree = Any
 def write_whole(path: Path, text: str) -> None:
     """Writes ``text`` so that a reader, or a kill, never sees half of it."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
@@ -47,21 +48,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The rows of ``metrics.csv``; an empty cell is ``None``, a row cut short ends the file."""
-    if not path.exists():
-        return []
-    rows = []
-    with path.open(newline="") as file:
-        # A kill can leave a last line without its end: only whole lines count.
-        lines = [line for line in file if line.endswith("\n")]
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
-            rows.append({name: float(cell) if cell else None for name, cell in row.items()})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{path} must hold a number in every cell, got another at line {number} ({error}); "
-                "delete that line."
-            ) from error
-    return rows
+    try:
+        return read_rows(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _step(line: str) -> float:

@@ -28,6 +28,7 @@ from dartax.experiments.run_folder import (
     read_metrics,
     versions,
     write_json,
+    write_whole,
 )
 
 PyTree = Any
@@ -259,12 +260,12 @@ def finish(
     mesh: jax.sharding.Mesh,
 ) -> None:
     """Draws the pictures of a finished run and writes its summary."""
-    plots.draw(workdir)
+    plots.draw(workdir, plots.FIRST)
     last_row = read_metrics(workdir / "metrics.csv")[-1]
     if optimizers.has_rates(config.optimizer.name):
         # The rates are whole on every device, whatever else is split.
         rates = dartax.describe(devices.own_shards(state.opt_state), shapes.params)
-        (workdir / "rates.txt").write_text(rates + "\n")
+        write_whole(workdir / "rates.txt", rates + "\n")
     summary = {
         "test_loss": last_row["test_loss"],
         "test_accuracy": last_row["test_accuracy"],

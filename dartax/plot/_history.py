@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,8 @@ from dartax._describe import block_name
 
 # A leaf's column, such as expected_rate/Dense_0/kernel, behind the label of its DART.
 LEAF = re.compile(r"(?:(?P<label>.*?)/)?expected_rate/(?P<path>.+)")
+Names = Sequence[str] | None
+Steps = Sequence[float] | None
 OF_LEAVES = ("rate", "expected_rate", "rate_std", "concentration")
 OF_DARTS = ("concentration_total", "spent", "multiplier", "min_rate", "max_rate")
 
@@ -73,11 +76,13 @@ class History:
     def names(self, width: int) -> list[str]:
         """A name of at most ``width`` characters for every block, without what all begin with."""
         folders = [path.split("/")[:-1] for paths in self.paths for path in paths]
-        common = os.path.commonprefix(folders) if len(self.paths) > 1 else []
-        start = sum(len(folder) + 1 for folder in common)
+        shared = itertools.takewhile(
+            lambda level: len(set(level)) == 1, zip(*folders, strict=False)
+        )
+        start = sum(len(level[0]) + 1 for level in shared) if len(self.paths) > 1 else 0
         return [block_name([path[start:] for path in paths], width) for paths in self.paths]
 
-    def rows(self, steps: Sequence[float] | None, num: int) -> list[int]:
+    def rows(self, steps: Steps, num: int) -> list[int]:
         """The rows recorded nearest to ``steps``; by default ``num`` of them, evenly spaced."""
         if steps is None:
             return sorted(set(np.linspace(0, len(self.step) - 1, num).round().astype(int)))
@@ -90,7 +95,7 @@ class History:
             )
         return sorted({int(np.argmin(np.abs(self.step - step))) for step in steps})
 
-    def select(self, blocks: Sequence[str] | None) -> "History":
+    def select(self, blocks: Names) -> "History":
         """The blocks of the named leaves, in the order of the names; ``None`` is all."""
         if blocks is None:
             return self
@@ -105,6 +110,8 @@ class History:
                 raise ValueError(
                     f"blocks must name recorded leaves, got {name!r}; did you mean {near[0]!r}?"
                 )
+        if not blocks:
+            raise ValueError("blocks must name recorded leaves, got none; pass None for all.")
         return self._of(list(dict.fromkeys(number[name] for name in blocks)))
 
     def _of(self, chosen: list[int]) -> "History":

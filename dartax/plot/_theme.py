@@ -17,6 +17,8 @@ LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "line": "#8c959f", "grid": "#d8de
 DARK = {"paper": "#0d1117", "ink": "#e6edf3", "line": "#6e7681", "grid": "#30363d"}
 # More lines than these are not named one by one.
 MANY = 24
+# Characters of a name beside a picture.
+WIDTH = 32
 
 
 @contextlib.contextmanager
@@ -48,6 +50,12 @@ def theme(dark: bool) -> Iterator[dict[str, str]]:
             }
         )
         yield tones
+
+
+def new_figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
+    """A figure that belongs to no window, and its axes."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots()
 
 
 def finish(figure: Figure) -> Figure:
@@ -88,6 +96,11 @@ def log_limits(ax: Axes, values: np.ndarray, decades: float = 5.0) -> None:
     if len(positive):
         top = positive.max()
         ax.set_ylim(max(positive.min(), top / 10**decades) / 1.5, top * 1.8)
+
+
+def count(num: int) -> str:
+    """Blocks in words."""
+    return "the block" if num == 1 else f"{num} blocks"
 
 
 def name_lines(ax: Axes, ends: Sequence[float], names: Sequence[str], dark: bool) -> None:
@@ -133,6 +146,15 @@ def name_lines(ax: Axes, ends: Sequence[float], names: Sequence[str], dark: bool
             },
             annotation_clip=False,
         )
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+    """Names at the rows of blocks, downwards; of many blocks, at some."""
+    num = len(names)
+    ticks = range(0, num, -(-num // 40))
+    ax.set_yticks(ticks, [names[i] for i in ticks], fontsize=8 if num <= 25 else 6)
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(num - 0.5, -0.5)
 
 
 def spread_out(wanted: np.ndarray, gap: float) -> np.ndarray:
