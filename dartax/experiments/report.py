@@ -129,7 +129,7 @@ def page(workdir: Path, columns: Columns) -> str:
             f'<p class="lead">{html.escape(_lead(summary, columns))}</p>',
             *filter(None, sections),
             "</main>",
-            f"<footer>Made by <code>dartax report {html.escape(str(workdir))}</code></footer>",
+            "<footer>Made by <code>dartax report</code></footer>",
             "</body>",
             "</html>\n",
         ]
@@ -178,6 +178,8 @@ def _table(summary: dict[str, Any]) -> str:
             value = ", ".join(f"{name} {item}" for name, item in value.items())
         elif isinstance(value, list):
             value = " x ".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
         rows.append(
             f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(str(value))}</td></tr>'
         )

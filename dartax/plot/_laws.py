@@ -161,7 +161,7 @@ def simplex(
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(0.75)]])
     way = concentration / concentration.sum(axis=1, keepdims=True) @ corners
     with theme(dark) as tones:
-        figure = Figure(figsize=(2.9 * len(rows) + 0.4, 3.4), dpi=110, layout="constrained")
+        figure = Figure(figsize=(2.1 * len(rows) + 0.4, 2.8), dpi=110, layout="constrained")
         panels = figure.subplots(1, len(rows), squeeze=False)[0]
         for ax, row in zip(panels, rows, strict=True):
             ax.set_aspect("equal")
