@@ -148,12 +148,22 @@ def test_train_leaves_a_run_folder(capsys):
     assert cli.main([*arguments, "--epochs", "5"]) == 2
     assert "with another (epochs 4 there, 5 here)" in capsys.readouterr().err
 
-    # The pictures can be drawn again.
+    # All pictures can be drawn.
     shutil.rmtree("runs/a/plots")
     assert cli.main(["plot", "runs/a"]) == 0
     assert capsys.readouterr().out.split() == [
-        f"runs/a/plots/{name}.png" for name in ("loss", "learning_rates", "concentrations")
+        f"runs/a/plots/{name}.png" for name in plots.PICTURES
     ]
+    # The rows are the metrics of the last state.
+    assert all(0 < row["spent"] < 1 for row in rows)
+    assert [row["multiplier"] for row in rows] == pytest.approx(
+        [1 - (row["step"] - 1) / 88 for row in rows]
+    )
+    assert {(row["skipped"], row["min_rate"], row["max_rate"]) for row in rows} == {(0, 0, 1)}
+    blocks = [name for name in rows[-1] if name.startswith("concentration/")]
+    assert sum(rows[-1][name] for name in blocks) / rows[-1][
+        "concentration_total"
+    ] == pytest.approx(rows[-1]["spent"])
 
 
 def test_baselines_have_no_rate_columns():
@@ -408,4 +418,11 @@ def test_plot_of_many_blocks(tmp_path):
         file.write(",".join(columns) + "\n")
         for step in (1, 2, 3):
             file.write(",".join([str(step), "1.0", "", ""] + ["0.1"] * (len(columns) - 4)) + "\n")
-    assert len(plots.draw(tmp_path)) == 3
+    # A run of an older version, without what the other pictures need.
+    assert [path.stem for path in plots.draw(tmp_path)] == [
+        "loss",
+        "learning_rates",
+        "concentrations",
+        "heatmap",
+        "simplex",
+    ]

@@ -210,7 +210,8 @@ def test_several_darts():
     assert history.labels == ("x", "y", "y")
     np.testing.assert_allclose(history["concentration_total"], [[1e6, 2.0, 2.0]], rtol=1e-5)
     for draw in FUNCTIONS:
-        draw([dartax.metrics(state, params)])
+        # One step, too, makes a picture.
+        png(draw([dartax.metrics(state, params)]))
     assert "spent [x]" in [text for text, _ in texts(plot.budget([dartax.metrics(state, params)]))]
 
 
@@ -246,6 +247,19 @@ def test_chosen_steps(rows):
     titles = [ax.get_title(loc="center") for ax in plot.simplex(rows, steps=[2, 11.4]).axes]
     assert titles == ["step 2", "step 11"]
     assert {"2", "11"} <= {text for text, _ in texts(plot.ridges(rows, steps=[2, 11]))}
+
+
+@pytest.mark.parametrize("draw", FUNCTIONS)
+def test_names_are_no_formulas(draw):
+    odd = {NAMES[0]: "_w$x$", NAMES[1]: "$\\q$ of ümläut", NAMES[2]: "{}^_"}
+    columns = {}
+    for name, values in of_many(3).items():
+        *_, path = name.split("layer_00/")
+        columns[name.replace(f"decoder/layer_00/{path}", odd.get(path, ""))] = values
+    figure = draw(columns)
+    shown = " ".join(text for text, _ in texts(figure))
+    for name in odd.values():
+        assert name.replace("$", r"\$") in shown
 
 
 def test_names_lose_what_all_begin_with():

@@ -82,6 +82,10 @@ class History:
         start = sum(len(level[0]) + 1 for level in shared) if len(self.paths) > 1 else 0
         return [block_name([path[start:] for path in paths], width) for paths in self.paths]
 
+    def texts(self, width: int) -> list[str]:
+        """The names as matplotlib takes them: a dollar begins no formula."""
+        return [name.replace("$", r"\$") for name in self.names(width)]
+
     def rows(self, steps: Steps, num: int) -> list[int]:
         """The rows recorded nearest to ``steps``; by default ``num`` of them, evenly spaced."""
         if steps is None:

@@ -88,7 +88,7 @@ def ridges(
             ax.grid(axis="x", alpha=0.6)
             if not many:
                 ax.hlines(np.arange(num) + 0.4, edges[0], edges[-1], color=tones["grid"], lw=1)
-        name_rows(panels[0], history.names(WIDTH))
+        name_rows(panels[0], history.texts(WIDTH))
         panels[0].set_ylim(num - 0.4, -0.6 - max(height - 1, 0))
         if not many:
             figure.legend(title="step", loc="outside right upper")
@@ -177,7 +177,7 @@ def simplex(
             ):
                 ax.annotate(letter, corner, xytext=offset, textcoords="offset points", ha="center")
         figure.suptitle("How three blocks share what they spend", x=0.01, ha="left", fontsize=11)
-        names = zip("ABC", history.names(WIDTH), strict=True)
+        names = zip("ABC", history.texts(WIDTH), strict=True)
         figure.supxlabel("    ".join(f"{corner}: {name}" for corner, name in names), fontsize=9)
         return finish(figure)
 

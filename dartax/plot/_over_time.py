@@ -27,12 +27,21 @@ from dartax.plot._theme import (
 
 def _lines(ax: Axes, history: History, values: np.ndarray, dark: bool) -> None:
     """A named line for every block, over steps, inside the limits that are set."""
+    # The end of a decay to zero has no place on a log axis.
+    values = np.where(values > 0, values, np.nan)
+    marker = "o" if len(history.step) == 1 else None
     for line, style in zip(values.T, styles(len(history.paths), dark), strict=True):
-        ax.plot(history.step, line, solid_capstyle="round", **style)
+        ax.plot(history.step, line, marker=marker, solid_capstyle="round", **style)
     ax.set_xlabel("step")
+    ax.set_xlim(*_span(history.step))
     ax.grid(alpha=0.6)
-    ax.margins(x=0)
-    name_lines(ax, list(values[-1]), history.names(WIDTH), dark)
+    ends = [line[np.isfinite(line)][-1:].sum() for line in values.T]
+    name_lines(ax, ends, history.texts(WIDTH), dark)
+
+
+def _span(step: np.ndarray) -> tuple[float, float]:
+    """All steps, and not nothing where there is one."""
+    return step[0], step[-1] if step[-1] > step[0] else step[0] + 1
 
 
 def learning_rates(metrics: Any, *, blocks: Names = None, dark: bool = False) -> Figure:
@@ -145,7 +154,7 @@ def heatmap(metrics: Any, *, blocks: Names = None, dark: bool = False) -> Figure
         bar = figure.colorbar(mesh, ax=ax, pad=0.02, aspect=30)
         bar.set_label("learning rate")
         bar.outline.set_visible(False)
-        name_rows(ax, history.names(WIDTH))
+        name_rows(ax, history.texts(WIDTH))
         ax.set_xlabel("step")
         ax.set_title(f"Mean learning rate of {count(num)}, schedule included")
         return finish(figure)
@@ -183,8 +192,6 @@ def budget(metrics: Any, *, dark: bool = False) -> Figure:
         _spenders(axes[-1], history, share / share.sum(axis=1, keepdims=True), dark)
         if slack is None:
             axes[-1].set_title("Who spends the budget, of which all is spent")
-        handles, labels = axes[-1].get_legend_handles_labels()
-        figure.legend(handles[::-1], labels[::-1], loc="outside right lower", fontsize=8)
         return finish(figure)
 
 
@@ -196,7 +203,6 @@ def _spent(ax: Axes, history: History, slack: np.ndarray, tones: dict[str, str])
         ax.plot(history.step, slack[:, i], "--", color=tones["line"], label="slack" + suffix)
     log_limits(ax, np.concatenate([history["spent"], slack]), decades=7)
     ax.grid(alpha=0.6)
-    ax.margins(x=0)
     ax.set_title("The budget")
     ax.set_ylabel("share of the budget")
     ax.legend(loc="lower right")
@@ -209,15 +215,17 @@ def _spenders(ax: Axes, history: History, of_spent: np.ndarray, dark: bool) -> N
     """
     top = np.sort(np.argsort(-of_spent.max(axis=0), kind="stable")[: len(FEW)])
     rest = np.setdiff1d(np.arange(len(history.paths)), top)
-    names = history.names(WIDTH)
+    names = history.texts(WIDTH)
     parts, labels = [of_spent[:, i] for i in top], [names[i] for i in top]
     if len(rest):
         parts.append(of_spent[:, rest].sum(axis=1))
         labels.append(f"{len(rest)} more")
     tints = [*colors(len(FEW), dark)[: len(top)], "#8c959f"][: len(parts)]
-    ax.stackplot(history.step, *parts, colors=tints, labels=labels, lw=0)
+    ax.stackplot(history.step, *parts, colors=tints, lw=0)
+    ax.set_xlim(*_span(history.step))
     ax.set_ylim(0, 1)
-    ax.margins(x=0)
+    ends = np.array([part[-1] for part in parts])
+    name_lines(ax, list(np.cumsum(ends) - ends / 2), labels, dark, tints)
     ax.set_title("Who spends it")
     ax.set_ylabel("share of what is spent")
     ax.set_xlabel("step")

@@ -103,7 +103,13 @@ def count(num: int) -> str:
     return "the block" if num == 1 else f"{num} blocks"
 
 
-def name_lines(ax: Axes, ends: Sequence[float], names: Sequence[str], dark: bool) -> None:
+def name_lines(
+    ax: Axes,
+    ends: Sequence[float],
+    names: Sequence[str],
+    dark: bool,
+    tints: Sequence[Any] | None = None,
+) -> None:
     """Tells which line is which: beside its end, or for many lines by a colour bar.
 
     Args:
@@ -111,6 +117,7 @@ def name_lines(ax: Axes, ends: Sequence[float], names: Sequence[str], dark: bool
       ends: Last value of every line.
       names: Name of every line.
       dark: Whether the paper is dark.
+      tints: Other colours of the lines.
     """
     if len(names) > MANY:
         bar = ScalarMappable(cmap=sequential(dark))
@@ -126,7 +133,7 @@ def name_lines(ax: Axes, ends: Sequence[float], names: Sequence[str], dark: bool
     heights = np.clip(ax.transAxes.inverted().transform(points)[:, 1], 0.0, 1.0)
     places = spread_out(heights, 1 / max(len(names), 18))
     for name, end, place, color in zip(
-        names, heights, places, colors(len(names), dark), strict=True
+        names, heights, places, tints or colors(len(names), dark), strict=True
     ):
         ax.annotate(
             name,
