@@ -1,161 +1,20 @@
 """The learned rates as a table for a person, with a word on the health of every block."""
 
 import collections
-import math
+import itertools
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 
-from dartax import _check, _dart, _paper_dart, dirichlet
+from dartax import _check
 from dartax._blocks import PyTree, path_name
-from dartax._inspect import (
-    _concentration,
-    _expected,
-    _labels,
-    _of_blocks,
-    _own_leaves,
-    _share,
-    _states,
-    _std,
-    _used,
-)
-from dartax._transform import ScaleByDartState, debias
+from dartax._health import RULES, TROUBLE, Block, blocks_of, health
+from dartax._inspect import _labels, _own_leaves, _states
+from dartax._transform import ScaleByDartState
 
 WIDTH = 80
-# Within five percent of an end of the rates a block is pinned there.
-NEAR = 0.05
-# A block has collapsed where the standard deviation of its share is so many times the mean.
-WIDE = 2.0
-# paper_dart follows the sign of s wherever it points; the noise of an average over some 10
-# updates stays within this, two of its standard deviations.
-NOISE = 0.5
-
-
-class Block(NamedTuple):
-    """What is told of a block, and what its health is judged by.
-
-    Attributes:
-      expected: Mean rate, the schedule included, like the next two.
-      std: Standard deviation of the rate.
-      last_rate: The rate of the last update.
-      num: Gradients that have judged a rate so far.
-      hypergradient: The last of them, as a hypergradient.
-      share: Mean share of the budget.
-      spread: Standard deviation of the share over its mean.
-      lift: Mean rate over ``min_rate``, less one.
-      concentration: Of the Dirichlet.
-      slack: Mean share of the budget that no block spends; ``None`` without a slack.
-      s: Mean of the last gradients over their root mean square: near 1 where longer steps would
-        have been better, near -1 where shorter ones would. See ``_dart.py``.
-      s_long: The same over a longer window, or ``s`` where there is none.
-    """
-
-    expected: float
-    std: float
-    last_rate: float
-    num: int
-    hypergradient: float
-    share: float
-    spread: float
-    lift: float
-    concentration: float
-    slack: float | None
-    s: float
-    s_long: float
-
-
-def _not_started(block: Block) -> bool:
-    return block.num == 0
-
-
-def _no_signal(block: Block) -> bool:
-    return block.hypergradient == 0
-
-
-def _at_max(block: Block) -> bool:
-    if block.slack is None:
-        return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
-    return block.share > 1 - NEAR or (block.slack < NEAR and _growing(block))
-
-
-def _at_min(block: Block) -> bool:
-    least = float(np.float32(_paper_dart.MIN_ALPHA))
-    return block.lift < NEAR or (block.slack is None and block.concentration <= least)
-
-
-def _collapsed(block: Block) -> bool:
-    return block.spread > WIDE
-
-
-def _growing(block: Block) -> bool:
-    return min(block.s, block.s_long) > (NOISE if block.slack is None else _dart.GROW_ABOVE)
-
-
-def _shrinking(block: Block) -> bool:
-    return block.s < (-NOISE if block.slack is None else _dart.RETREAT_BELOW)
-
-
-# The first rule that holds decides.
-RULES: dict[str, Callable[[Block], bool]] = {
-    "not started": _not_started,
-    "no signal": _no_signal,
-    "pinned at max": _at_max,
-    "pinned at min": _at_min,
-    "collapsed": _collapsed,
-    "growing": _growing,
-    "shrinking": _shrinking,
-    "settled": lambda block: True,
-}
-TROUBLE = ("no signal", "pinned at max", "pinned at min", "collapsed")
-
-
-def health(block: Block) -> str:
-    """The first of ``RULES`` that holds."""
-    return next(word for word, holds in RULES.items() if holds(block))
-
-
-def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
-    """The s and s_long of every block that the last update moved the concentrations by."""
-    has_slack = _has_slack(state)
-    num = state.count - state.skipped - 1
-    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.BETAS[1], num)
-    root = np.sqrt(np.asarray(nu))
-    inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
-    s = -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
-    trend = np.asarray(debias(state.moments.hyper_trend, _dart.B_TREND, num))
-    return s, np.where(trend == 0, s, -trend * inverse_root)
-
-
-def _has_slack(state: ScaleByDartState) -> bool:
-    return state.concentration.size > state.last_rates.size
-
-
-def _blocks(state: ScaleByDartState) -> list[Block]:
-    """Every block of the state, in the order of ``block_index``."""
-    share, min_rate = np.asarray(_share(state), float), float(state.min_rate)
-    variance = np.asarray(_of_blocks(dirichlet.variance(state.concentration), state), float)
-    spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
-    lift = (float(state.max_rate) - min_rate) * share / min_rate if min_rate else share + math.inf
-    s, s_long = _signals(state)
-    columns = {
-        "expected": _expected(state),
-        "std": _std(state),
-        "last_rate": _used(state),
-        "hypergradient": state.hypergradient,
-        "share": share,
-        "spread": spread,
-        "lift": lift,
-        "concentration": _concentration(state),
-        "s": s,
-        "s_long": s_long,
-    }
-    num = max(int(state.count - state.skipped) - 1, 0)
-    slack = 1 - float(np.sum(share)) if _has_slack(state) else None
-    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
-    return [Block(num=num, slack=slack, **dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def shorten(name: str, width: int) -> str:
@@ -177,19 +36,28 @@ def block_name(paths: Sequence[str], width: int = 1000) -> str:
     return shorten(paths[0], width - len(more)) + more
 
 
+def common_folder(names: Sequence[Sequence[str]]) -> str:
+    """What the paths of several blocks all begin with, such as ``decoder/``, or nothing."""
+    folders = [path.split("/")[:-1] for paths in names for path in paths]
+    levels = zip(*folders, strict=False)
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, levels)
+    return "".join(level[0] + "/" for level in shared) if len(names) > 1 else ""
+
+
 def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) -> str:
     """A table for a person: each block with its mean rate, spread, last draw and health.
 
     Args:
       opt_state: See :func:`learning_rates`. Concrete arrays, not tracers.
       params: The parameters.
-      max_rows: Of more blocks, only about so many are shown: those in trouble, then those whose
-        rates are farthest from the median; a line stands for those in between. ``None`` shows
-        all.
+      max_rows: Of more blocks, only so many are shown: those in trouble, then those of a rare
+        word, then those whose rates are farthest from the median. A line stands for those in
+        between. ``None`` shows all.
 
     Returns:
-      Text of at most 80 columns, a table for each DART state. ``E[rate]``, ``std`` and ``last
-      rate`` include the schedule. ``health`` is the first of these words whose rule holds:
+      Text of at most 80 columns, a table for each DART state. ``size`` counts the parameters.
+      ``E[rate]``, ``std`` and ``last rate`` include the schedule. ``health`` is the first of
+      these words whose rule holds:
 
       ==================  ======================================================================
       ``not started``     No gradient has judged a rate yet: fewer than two updates.
@@ -223,9 +91,9 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       >>> print(dartax.describe(dartax.dart().init(params), params))
       DART after 0 updates, 0 skipped: 2 not started
       multiplier 1, rates in [0, 1], 2e-05 of the budget spent
-      block         parameters  E[rate]      std  last rate  health
-      dense/bias             2    1e-05  3.2e-06          0  not started
-      dense/kernel           6    1e-05  3.2e-06          0  not started
+      block         size  E[rate]      std  last rate  health
+      dense/bias       2    1e-05  3.2e-06          0  not started
+      dense/kernel     6    1e-05  3.2e-06          0  not started
     """
     if max_rows is not None:
         _check.number("max_rows", max_rows, "None or at least 1", lambda v: v >= 1, "40 is usual")
@@ -239,7 +107,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
                 "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
                 "and metrics inside."
             )
-        blocks = _blocks(state)
+        blocks = blocks_of(state)
         members: list[list[int]] = [[] for _ in blocks]
         for leaf, block in zip(
             _own_leaves(state, params), np.asarray(state.block_index), strict=True
@@ -278,7 +146,7 @@ def _table(
     blocks: list[Block], names: list[list[str]], sizes: list[int], max_rows: int
 ) -> list[str]:
     """The aligned lines of the table, with a line for every run of blocks that is left out."""
-    header = ("parameters", "E[rate]", "std", "last rate", "health")
+    header = ("size", "E[rate]", "std", "last rate", "health")
     cells = [
         (
             f"{size:,}",
@@ -293,6 +161,13 @@ def _table(
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     room = WIDTH - sum(widths) - 2 * len(widths)
     labels = ["block"] + [block_name(names[i], room) for i in shown]
+    folder = common_folder(names)
+    if folder and any("…" in label for label in labels):
+        short = [[path.removeprefix(folder) for path in names[i]] for i in shown]
+        labels = [
+            shorten(f"block in {folder}", room),
+            *(block_name(paths, room) for paths in short),
+        ]
     widths = [max(map(len, labels)), *widths]
 
     def line(row: Sequence[str]) -> str:
@@ -300,7 +175,7 @@ def _table(
         aligned[0], aligned[-1] = row[0].ljust(widths[0]), row[-1]
         return "  ".join(aligned)
 
-    lines = [line(("block", *header))]
+    lines = [line((labels[0], *header))]
     after = 0
     for label, i in zip(labels[1:], shown, strict=True):
         lines += [*_gap(blocks[after:i]), line((label, *cells[i]))]
@@ -309,11 +184,14 @@ def _table(
 
 
 def _choose(blocks: list[Block], max_rows: int) -> list[int]:
-    """The blocks to show: those in trouble first, then the extreme ones; in their order."""
+    """The blocks to show, in their order: first those in trouble, rare words, extreme rates."""
     rates = np.log([max(block.expected, 1e-45) for block in blocks])
     distance = np.abs(rates - np.median(rates)) if blocks else rates
-    trouble = [health(block) in TROUBLE for block in blocks]
-    ranked = sorted(range(len(blocks)), key=lambda i: (not trouble[i], -distance[i]))
+    words = [health(block) for block in blocks]
+    found = collections.Counter(words)
+    ranked = sorted(
+        range(len(blocks)), key=lambda i: (words[i] not in TROUBLE, found[words[i]], -distance[i])
+    )
     return sorted(ranked[:max_rows])
 
 

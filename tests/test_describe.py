@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import dartax
-from dartax._describe import RULES, block_name, shorten
+from dartax._describe import block_name, shorten
+from dartax._health import RULES
 
 SGD = optax.identity()
 PAIR = {"a": jnp.ones(3), "b": jnp.ones(3)}
@@ -169,8 +170,8 @@ def test_the_table_fits_a_terminal():
     ).init(deep)
     lines = dartax.describe(state, deep).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-1].startswith("transformer")
-    assert "n/kernel  " in lines[-1]
+    assert lines[2].startswith("block in tra")
+    assert lines[-1].startswith("kernel  ")
     assert "3,000,000" in lines[-1]
     starts = {
         line.index(word) for line in lines[2:] for word in ("health", "not started") if word in line
@@ -178,6 +179,30 @@ def test_the_table_fits_a_terminal():
     assert len(starts) == 1
     shared = dartax.describe(dartax.dart(blocks=lambda path: 0).init(layers(30)), layers(30))
     assert "layer_000/kernel + 29 more" in shared
+
+
+def test_a_common_folder_is_told_once_where_names_are_long():
+    leaf = {"self_attention": {"kernel": jnp.ones(2)}, "multilayer": {"kernel": jnp.ones(2)}}
+    params = {"transformer": {"decoder": {f"layer_{i:02}": leaf for i in range(3)}}}
+    lines = dartax.describe(dartax.dart().init(params), params).splitlines()
+    assert lines[2].startswith("block in transformer/decoder/  ")
+    assert lines[3].startswith("layer_00/multilayer/kernel  ")
+    short = dartax.describe(dartax.dart().init(layers(2)), layers(2))
+    assert "block " in short
+    assert " in " not in short.splitlines()[2]
+
+
+def test_rare_trouble_is_shown_first():
+    params = layers(30)
+    optimizer = dartax.dart(concentration=0.1)
+    state = optimizer.init(params)
+    (inner, *rest) = state
+    # As after updates that judged all blocks but one.
+    h = jnp.ones(30).at[12].set(0.0)
+    state = (inner._replace(count=jnp.asarray(9, jnp.int32), hypergradient=h), *rest)
+    table = dartax.describe(state, params, max_rows=3)
+    assert words(table)["layer_012/kernel"] == "no signal"
+    assert list(words(table).values()).count("collapsed") == 2
 
 
 def test_names_are_shortened_in_the_middle():

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import difflib
-import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dartax._describe import block_name
+from dartax._describe import block_name, common_folder
 
 # A leaf's column, such as expected_rate/Dense_0/kernel, behind the label of its DART.
 LEAF = re.compile(r"(?:(?P<label>.*?)/)?expected_rate/(?P<path>.+)")
@@ -75,12 +74,10 @@ class History:
 
     def names(self, width: int) -> list[str]:
         """A name of at most ``width`` characters for every block, without what all begin with."""
-        folders = [path.split("/")[:-1] for paths in self.paths for path in paths]
-        shared = itertools.takewhile(
-            lambda level: len(set(level)) == 1, zip(*folders, strict=False)
-        )
-        start = sum(len(level[0]) + 1 for level in shared) if len(self.paths) > 1 else 0
-        return [block_name([path[start:] for path in paths], width) for paths in self.paths]
+        folder = common_folder(self.paths)
+        return [
+            block_name([path.removeprefix(folder) for path in paths], width) for paths in self.paths
+        ]
 
     def texts(self, width: int) -> list[str]:
         """The names as matplotlib takes them: a dollar begins no formula."""

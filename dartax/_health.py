@@ -1,0 +1,147 @@
+"""How every block fares: what its state says, and one word on it.
+
+The rules look at the state alone: at the moments of the gradient of the concentrations, as the
+last update left them, and at the Dirichlet. Each word is one small function.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dartax import _dart, _paper_dart, dirichlet
+from dartax._inspect import _concentration, _expected, _of_blocks, _share, _std, _used
+from dartax._transform import ScaleByDartState, debias
+
+# Within five percent of an end of the rates a block is pinned there.
+NEAR = 0.05
+# A block has collapsed where the standard deviation of its share is so many times the mean.
+WIDE = 2.0
+# paper_dart follows the sign of s wherever it points; the noise of an average over some 10
+# updates stays within this, two of its standard deviations.
+NOISE = 0.5
+
+
+class Block(NamedTuple):
+    """What is told of a block, and what its health is judged by.
+
+    Attributes:
+      expected: Mean rate, the schedule included, like the next two.
+      std: Standard deviation of the rate.
+      last_rate: The rate of the last update.
+      num: Gradients that have judged a rate so far.
+      hypergradient: The last of them, as a hypergradient.
+      share: Mean share of the budget.
+      spread: Standard deviation of the share over its mean.
+      lift: Mean rate over ``min_rate``, less one.
+      concentration: Of the Dirichlet.
+      slack: Mean share of the budget that no block spends; ``None`` without a slack.
+      s: Mean of the last gradients over their root mean square: near 1 where longer steps would
+        have been better, near -1 where shorter ones would. See ``_dart.py``.
+      s_long: The same over a longer window, or ``s`` where there is none.
+    """
+
+    expected: float
+    std: float
+    last_rate: float
+    num: int
+    hypergradient: float
+    share: float
+    spread: float
+    lift: float
+    concentration: float
+    slack: float | None
+    s: float
+    s_long: float
+
+
+def _not_started(block: Block) -> bool:
+    return block.num == 0
+
+
+def _no_signal(block: Block) -> bool:
+    return block.hypergradient == 0
+
+
+def _at_max(block: Block) -> bool:
+    if block.slack is None:
+        return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
+    return block.share > 1 - NEAR or (block.slack < NEAR and _growing(block))
+
+
+def _at_min(block: Block) -> bool:
+    least = float(np.float32(_paper_dart.MIN_ALPHA))
+    return block.lift < NEAR or (block.slack is None and block.concentration <= least)
+
+
+def _collapsed(block: Block) -> bool:
+    return block.spread > WIDE
+
+
+def _growing(block: Block) -> bool:
+    return min(block.s, block.s_long) > (NOISE if block.slack is None else _dart.GROW_ABOVE)
+
+
+def _shrinking(block: Block) -> bool:
+    return block.s < (-NOISE if block.slack is None else _dart.RETREAT_BELOW)
+
+
+# The first rule that holds decides.
+RULES: dict[str, Callable[[Block], bool]] = {
+    "not started": _not_started,
+    "no signal": _no_signal,
+    "pinned at max": _at_max,
+    "pinned at min": _at_min,
+    "collapsed": _collapsed,
+    "growing": _growing,
+    "shrinking": _shrinking,
+    "settled": lambda block: True,
+}
+TROUBLE = ("no signal", "pinned at max", "pinned at min", "collapsed")
+
+
+def health(block: Block) -> str:
+    """The first of ``RULES`` that holds."""
+    return next(word for word, holds in RULES.items() if holds(block))
+
+
+def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
+    """The s and s_long of every block that the last update moved the concentrations by."""
+    has_slack = _has_slack(state)
+    num = state.count - state.skipped - 1
+    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.BETAS[1], num)
+    root = np.sqrt(np.asarray(nu))
+    inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
+    s = -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
+    trend = np.asarray(debias(state.moments.hyper_trend, _dart.B_TREND, num))
+    return s, np.where(trend == 0, s, -trend * inverse_root)
+
+
+def _has_slack(state: ScaleByDartState) -> bool:
+    return state.concentration.size > state.last_rates.size
+
+
+def blocks_of(state: ScaleByDartState) -> list[Block]:
+    """Every block of the state, in the order of ``block_index``."""
+    share, min_rate = np.asarray(_share(state), float), float(state.min_rate)
+    variance = np.asarray(_of_blocks(dirichlet.variance(state.concentration), state), float)
+    spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
+    lift = (float(state.max_rate) - min_rate) * share / min_rate if min_rate else share + math.inf
+    s, s_long = _signals(state)
+    columns = {
+        "expected": _expected(state),
+        "std": _std(state),
+        "last_rate": _used(state),
+        "hypergradient": state.hypergradient,
+        "share": share,
+        "spread": spread,
+        "lift": lift,
+        "concentration": _concentration(state),
+        "s": s,
+        "s_long": s_long,
+    }
+    num = max(int(state.count - state.skipped) - 1, 0)
+    slack = 1 - float(np.sum(share)) if _has_slack(state) else None
+    rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
+    return [Block(num=num, slack=slack, **dict(zip(columns, row, strict=True))) for row in rows]
