@@ -1,12 +1,7 @@
 import dataclasses
 import gzip
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_folders import assert_same_run, rows_of
+from run_folders import rows_of
 
-from dartax.experiments import cli, data, devices, optimizers, plots, run_folder
+from dartax.experiments import cli, data, devices, optimizers, plots
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ConfigError, ModelConfig, OptimizerConfig
-from dartax.experiments.run_folder import Checkpoints, read_metrics
+from dartax.experiments.run_folder import read_metrics
 from dartax.experiments.train import train_and_evaluate
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,32 +38,6 @@ def test_config_survives_saving(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("toml", "match"),
-    [
-        ("epoch = 3", "epoch is not a key of the configuration; did you mean 'epochs'?"),
-        ("[optimizer]\nscedule = 'linear'", "optimizer.scedule is not .* did you mean 'schedule'?"),
-        ("[optimizer]\nname = 'dartt'", "optimizer.name must be one of .* got 'dartt'; did you mean 'dart'?"),
-        ("epochs = 0", "epochs must be an int of at least 1, got 0"),
-        ("epochs = true", "epochs must be of type int, got True"),
-        ("epochs = '3'", "epochs must be of type int, got '3'"),
-        ("seed = -1", r"seed must be an int in \[0, 2\*\*32\), got -1"),
-        ("checkpoint_seconds = nan", "checkpoint_seconds must be a non-negative number, got nan"),
-        ("model = 3", r"model must be a table, got 3"),
-        ("[model]\nhidden = [0]", r"model.hidden must hold widths from 1 to 100000, got \[0\]"),
-        ("[model]\nhidden = ['a']", r"model.hidden\[0\] must be of type int, got 'a'"),
-        ("epochs = = 3", "CONFIG must be valid TOML"),
-        ("workdir = ''", "workdir must be a folder, got ''"),
-        ("[optimizer]\nlearning_rate = nan", "learning_rate must be a non-negative number, got nan"),
-        ("[optimizer]\nlearning_rate = -1", "learning_rate must be a non-negative number, got -1"),
-    ],
-)  # fmt: skip
-def test_bad_configs(tmp_path, toml, match):
-    (tmp_path / "bad.toml").write_text(toml)
-    with pytest.raises(ConfigError, match=match):
-        config_lib.load(tmp_path / "bad.toml")
-
-
-@pytest.mark.parametrize(
     ("optimizer", "match"),
     [
         (OptimizerConfig(options={"int_rate": 1.0}), "int_rate is not an option of dart; did you mean 'init_rate'?"),
@@ -86,10 +55,7 @@ def test_bad_optimizer_configs(optimizer, match):
 
 
 def test_command_line_messages(capsys, tmp_path):
-    assert cli.main(["train", "missing.toml"]) == 2
-    assert "CONFIG must be a readable TOML file, got 'missing.toml'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["train"])
+    assert cli.main(["train"]) == 2
     assert "train needs CONFIG" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])
@@ -97,15 +63,12 @@ def test_command_line_messages(capsys, tmp_path):
     assert "--batch-size" in capsys.readouterr().out
     assert cli.main(["plot", "nowhere"]) == 2
     assert "RUN must be a run folder with a metrics.csv" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["train", str(CONFIGS / "digits.toml"), "--epoch", "3"])
-    message = capsys.readouterr().err
-    assert "--epoch" in message
-    assert "--epochs" in message
-    with pytest.raises(SystemExit):
-        cli.main(["train", str(CONFIGS / "digits.toml"), "--epochs", "many"])
-    assert cli.main(["train", str(CONFIGS / "digits.toml"), "--batch-size", "5000"]) == 2
-    assert "batch_size must be at most the 1438 training examples" in capsys.readouterr().err
+    (tmp_path / "metrics.csv").write_text("step,rate\n1,2\nnonsense\n")
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert (
+        "metrics.csv must hold a number in every cell, got another at line 3"
+        in capsys.readouterr().err
+    )
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert cli.main(["train", str(CONFIGS / "digits.toml"), "--workdir", str(blocked / "a")]) == 2
@@ -187,31 +150,6 @@ def small_config(workdir, epochs=4):
     )
 
 
-def test_a_killed_run_ends_where_an_unbroken_one_ends():
-    """SIGKILL at whatever moment it hits, twice; then the same command to the end."""
-    epochs = 30
-    config_lib.save(small_config("runs/killed", epochs), Path("killed.toml"))
-    command = [sys.executable, "-m", "dartax.experiments.cli", "train", "killed.toml"]
-    for kill_after_epoch in (2, 8):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        metrics = Path("runs/killed/metrics.csv")
-        deadline = time.monotonic() + 120
-        while not (
-            (rows := read_metrics(metrics))
-            and rows[-1]["epoch"] >= kill_after_epoch
-            and any(path.name.isdigit() for path in Path("runs/killed/checkpoints").iterdir())
-        ):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not Path("runs/killed/summary.json").exists()
-    train_and_evaluate(small_config("runs/killed", epochs), progress=False)
-    train_and_evaluate(small_config("runs/whole", epochs), progress=False)
-    assert_same_run("runs/killed", "runs/whole")
-
-
 @pytest.mark.skipif(jax.device_count() < 8, reason="XLA_FLAGS were set to fewer than eight devices")
 def test_a_mesh_ends_where_one_device_ends_and_takes_over_its_run():
     one = small_config("runs/one")
@@ -268,85 +206,6 @@ def test_state_lies_where_its_parameters_lie(name):
         expected = jax.P(*[None] * (leaf.ndim - 1), devices.MODEL)
         split = leaf.shape in ((4, 8), (8,))
         assert leaf.sharding.spec == (expected if split else jax.P()), (leaf.shape, leaf.sharding)
-
-
-def test_checkpoints_of_another_layout_are_refused(capsys, monkeypatch):
-    train_and_evaluate(small_config("runs/old"), progress=False)
-    Path("runs/old/summary.json").unlink()
-    before = sorted(Path("runs/old").rglob("*"))
-    monkeypatch.setattr(run_folder, "VERSION", 99)
-    with pytest.raises(
-        ConfigError,
-        match=r"workdir must hold checkpoints of state version 99, got version \d+ in 'runs/old/checkpoints'; end that run with the dartax that began it",
-    ):
-        train_and_evaluate(small_config("runs/old"), progress=False)
-    assert sorted(Path("runs/old").rglob("*")) == before
-
-
-def test_damaged_and_half_written_checkpoints_are_not_picked_up(capsys):
-    train_and_evaluate(small_config("runs/whole"), progress=False)
-    shutil.copytree("runs/whole", "runs/damaged")
-    config_lib.save(small_config("runs/damaged"), Path("runs/damaged/config.toml"))
-    Path("runs/damaged/summary.json").unlink()
-    checkpoints = Path("runs/damaged/checkpoints")
-    newest = max((p for p in checkpoints.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-    # What a kill leaves: a folder with the temporary name and part of the files.
-    half = checkpoints / f"9999.orbax-checkpoint-tmp-{int(newest.name)}"
-    shutil.copytree(newest, half)
-    # What a full disk leaves: files cut short.
-    for path in newest.rglob("*"):
-        if path.is_file() and path.stat().st_size > 200:
-            os.truncate(path, 100)
-    # A last row without its end.
-    with Path("runs/damaged/metrics.csv").open("a") as file:
-        file.write("99,5,0.1,0.2")
-    train_and_evaluate(small_config("runs/damaged"), progress=False)
-    assert f"checkpoint {newest.name} cannot be read" in capsys.readouterr().err
-    assert_same_run("runs/damaged", "runs/whole")
-
-
-def test_damage_from_outside_gets_a_sentence_or_is_mended(capsys):
-    whole = train_and_evaluate(small_config("runs/a"), progress=False)
-    rows = rows_of("runs/a")
-    # The summary of a run that ended is written again from its last checkpoint.
-    for damage in (
-        Path("runs/a/summary.json").unlink,
-        lambda: Path("runs/a/summary.json").write_text(""),
-    ):
-        damage()
-        again = train_and_evaluate(small_config("runs/a"), progress=False)
-        assert again == whole
-        assert rows_of("runs/a") == rows
-    metrics = Path("runs/a/metrics.csv")
-    metrics.write_text(metrics.read_text() + "\nnonsense\n")
-    assert cli.main(["plot", "runs/a"]) == 2
-    assert "metrics.csv must hold a number in every cell" in capsys.readouterr().err
-    Path("runs/a/summary.json").unlink()
-    assert train_and_evaluate(small_config("runs/a"), progress=False) == whole
-
-
-def test_an_interrupted_run_says_how_to_go_on():
-    config_lib.save(small_config("runs/stopped", epochs=2000), Path("stopped.toml"))
-    command = [sys.executable, "-m", "dartax.experiments.cli", "train", "stopped.toml"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    deadline = time.monotonic() + 120
-    while len(read_metrics(Path("runs/stopped/metrics.csv"))) < 20:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert message.endswith("dartax: stopped; the same command resumes the run.\n")
-    assert "Traceback" not in message
-
-
-def test_checkpoints_without_any_start_from_the_template(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.restore_latest({"a": np.ones(2)})[0] == 0
-    checkpoints.close()
 
 
 def test_digits():

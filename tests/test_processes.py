@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import assert_same_run, final_state
+from run_folders import assert_same_run, final_state, steps_of
 
 from dartax.experiments import cli
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ModelConfig
-from dartax.experiments.run_folder import read_metrics
+from dartax.experiments.run_folder import held, read_metrics
 from dartax.experiments.train import train_and_evaluate
 
 
@@ -77,17 +77,18 @@ def test_two_processes_end_where_one_ends():
         np.testing.assert_allclose(leaf, other, rtol=rtol, atol=1e-4)
 
 
-def test_two_processes_survive_the_loss_of_one():
+def wait_for_a_checkpoint(workdir, process, after=()):
+    deadline = time.monotonic() + 200
+    while steps_of(workdir) in ([], after):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_two_processes_survive_the_loss_of_one_and_stop_together():
     epochs = 25
     with two_processes("runs/killed", epochs) as (survivor, victim):
-        deadline = time.monotonic() + 200
-        checkpoints = Path("runs/killed/checkpoints")
-        while not (
-            checkpoints.exists() and any(path.name.isdigit() for path in checkpoints.iterdir())
-        ):
-            assert survivor.poll() is None, survivor.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for_a_checkpoint("runs/killed", survivor)
         victim.send_signal(signal.SIGKILL)
         _, message = survivor.communicate(timeout=200)
     assert survivor.returncode == 1
@@ -96,9 +97,33 @@ def test_two_processes_survive_the_loss_of_one():
     assert "Traceback" not in message
     assert read_metrics(Path("runs/killed/metrics.csv"))[-1]["epoch"] < epochs
 
+    before = steps_of("runs/killed")
+    with two_processes("runs/killed", epochs) as processes:
+        wait_for_a_checkpoint("runs/killed", processes[0], after=before)
+        processes[1].send_signal(signal.SIGTERM)
+        for process in processes:
+            _, message = process.communicate(timeout=200)
+            assert process.returncode == 143, message
+            assert "dartax: stopped; the same command resumes the run: dartax train" in message
+            assert "Traceback" not in message
+    assert before < steps_of("runs/killed")
+    assert read_metrics(Path("runs/killed/metrics.csv"))[-1]["epoch"] < epochs
+
     run_to_the_end("runs/killed", epochs)
     run_to_the_end("runs/whole", epochs)
     assert_same_run("runs/killed", "runs/whole")
+
+
+def test_two_processes_are_refused_together():
+    Path("runs/held").mkdir(parents=True)
+    with held(Path("runs/held")), two_processes("runs/held", 1) as processes:
+        messages = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "dartax: workdir must be of one run at a time, got 'runs/held'" in messages[0]
+    assert (
+        "dartax: a run must begin in all of its processes, got an error in another one of the 2; "
+        "see its message." in messages[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,28 @@
 """The command ``dartax``."""
 
 import argparse
+import shlex
+import signal
 import sys
 from pathlib import Path
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one sentence, without the usage around it."""
+
+    def error(self, message):
+        print(f"dartax: {message}; {self.prog} --help lists what there is.", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``dartax train`` or another of its commands; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    """Runs ``dartax train``, ``compare``, ``bench``, ``plot`` or ``report``.
+
+    Returns:
+      The exit status: 0, 2 for a mistake of the caller's, 1 for a machine that failed (a disk, a
+      lost process), 130 after Ctrl-C and 143 after SIGTERM.
+    """
+    parser = _Parser(
         prog="dartax", description="Learning rates as a learned Dirichlet distribution."
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -17,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Trains, or resumes, the run that CONFIG describes. Any key can be "
         "overridden: dartax train CONFIG --epochs 12; dartax train CONFIG --help lists them.",
         add_help=False,
+        allow_abbrev=False,
     )
     train_parser.add_argument("config", metavar="CONFIG", nargs="?", help="TOML file of the run")
     train_parser.add_argument("--distributed", action="store_true")
@@ -60,43 +76,55 @@ def main(argv: list[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
 
+    command = shlex.join(["dartax", *(sys.argv[1:] if argv is None else argv)])
     try:
-        from dartax.experiments import config, data, devices, plots, report, train
+        from dartax.experiments import config, data, devices, signals
+
+        with signals.interrupt_on_sigterm():
+            return _COMMANDS[arguments.command](arguments)
     except ModuleNotFoundError as error:
         print(
             f"dartax: the command needs the package {error.name}; pip install 'dartax[train]'.",
             file=sys.stderr,
         )
         return 2
-    try:
-        if arguments.command == "compare":
-            return _compare(arguments)
-        if arguments.command == "bench":
-            return _bench(arguments)
-        if arguments.command == "plot":
-            for path in plots.draw(arguments.run):
-                print(path)
-            return 0
-        if arguments.command == "report":
-            print(report.write(arguments.run))
-            return 0
-        prog = "dartax train CONFIG"
-        if arguments.config is None:
-            # Only to list the keys: dartax train --help.
-            config.override(config.Config(), [a for a in rest if a in ("-h", "--help")], prog)
-            parser.error("train needs CONFIG, a TOML file such as configs/digits.toml")
-        chosen = config.override(config.load(arguments.config), rest, prog)
-        where = (arguments.coordinator, arguments.processes, arguments.process_id)
-        if arguments.distributed or where != (None, None, None):
-            devices.join_processes(*where)
-        summary = train.train_and_evaluate(chosen)
+    except KeyboardInterrupt as stop:
+        print(f"\ndartax: stopped; the same command resumes the run: {command}", file=sys.stderr)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except (config.ConfigError, data.DataError) as error:
         print(f"dartax: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ndartax: stopped; the same command resumes the run.", file=sys.stderr)
-        return 130
+        status = 2
+    except (OSError, MemoryError) as error:
+        print(
+            "\ndartax: the files of a run must be readable and writable, got "
+            f"{error or type(error).__name__}; mend that, and the same command resumes the run: "
+            f"{command}",
+            file=sys.stderr,
+        )
+        status = 1
+    devices.exit_alone(status)
+    return status
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """``dartax train``."""
+    from dartax.experiments import config, devices, train
+
+    prog = "dartax train CONFIG"
+    if arguments.config is None:
+        # Only to list the keys: dartax train --help.
+        helps = [word for word in arguments.overrides if word in ("-h", "--help")]
+        config.override(config.Config(), helps, prog)
+        raise config.ConfigError(
+            "train needs CONFIG, a TOML file, got none; pass e.g. configs/digits.toml."
+        )
+    chosen = config.override(config.load(arguments.config), arguments.overrides, prog)
+    where = (arguments.coordinator, arguments.processes, arguments.process_id)
+    if arguments.distributed or where != (None, None, None):
+        devices.join_processes(*where)
+    summary = train.train_and_evaluate(chosen)
     if not devices.is_first_process():
         return 0
     workdir = Path(chosen.workdir)
@@ -145,6 +173,32 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(bench.table(content))
     print(Path(arguments.workdir) / "bench.png")
     return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    """``dartax plot``."""
+    from dartax.experiments import plots
+
+    for path in plots.draw(arguments.run):
+        print(path)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """``dartax report``."""
+    from dartax.experiments import report
+
+    print(report.write(arguments.run))
+    return 0
+
+
+_COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "bench": _bench,
+    "plot": _plot,
+    "report": _report,
+}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ import dartax
 from dartax.experiments import config as config_lib
 from dartax.experiments import optimizers, tasks
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
-from dartax.experiments.run_folder import git_commit, make_folder, versions, write_whole
+from dartax.experiments.files import write_whole
+from dartax.experiments.run_folder import git_commit, make_folder, versions
 from dartax.experiments.tasks import TaskConfig
 
 PyTree = Any

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import tomli_w
 import tyro
 
+from dartax.experiments.files import write_whole
+
 
 class ConfigError(ValueError):
     """A configuration that no run can be made of; the message says how to mend it."""
@@ -112,7 +114,7 @@ class Config:
     log_steps: int = 20
     """Steps per row of metrics.csv; an epoch's last row may cover fewer."""
     checkpoint_seconds: float = 5.0
-    """Least time between checkpoints, which are taken at the end of epochs."""
+    """Least time between checkpoints, which are taken where metrics.csv has a row."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -131,8 +133,8 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be an int in [0, 2**32), got {self.seed}; pass 0.")
-        if not self.workdir:
-            raise ConfigError("workdir must be a folder, got ''; pass e.g. runs/a.")
+        if not self.workdir or "\0" in self.workdir:
+            raise ConfigError(f"workdir must be a folder, got {self.workdir!r}; pass e.g. runs/a.")
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(
                 "checkpoint_seconds must be a non-negative number, got "
@@ -169,11 +171,12 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _convert(item, arguments[1], f"{name}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # An int may be of any size: one that no float holds is as good as infinite.
+        return float(value) if abs(value) < 2**1023 else math.inf if value > 0 else -math.inf
     if origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
     expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
-    raise ConfigError(f"{name} must be of type {expected}, got {value!r}; mend the TOML value.")
+    raise ConfigError(f"{name} must be of type {expected}, got {value!r}; mend that value.")
 
 
 def _from_table(table: Any, schema: type, prefix: str = "") -> Any:
@@ -204,7 +207,7 @@ def load(path: str | Path, schema: type = Config) -> Any:
             f"CONFIG must be a readable TOML file, got {str(path)!r} ({error.strerror}); "
             "pass e.g. configs/digits.toml."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, an int of 5,000 digits, [[[[
         raise ConfigError(
             f"CONFIG must be valid TOML, got {str(path)!r} ({error}); mend that line."
         ) from error
@@ -212,10 +215,89 @@ def load(path: str | Path, schema: type = Config) -> Any:
 
 
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """``config`` with ``--key value`` pairs applied; exits with a message on an unknown key."""
-    return tyro.cli(Config, prog=prog, default=config, args=list(arguments))
+    """``config`` with ``--key value`` pairs applied.
+
+    Nested keys take a dot, lists any number of values, and a table a further dot
+    (``--optimizer.options.init-rate 1e-5``) or pairs (``--optimizer.options init_rate 1e-5``).
+    With ``--help``, exits with a list of the keys.
+
+    Raises:
+      ConfigError: If a key is unknown, or a value is of another type or out of range.
+    """
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(Config, prog=prog, default=config, args=["--help"])
+    kinds = _kinds(Config)
+    for flag, words in _flags(arguments):
+        key = flag.removeprefix("--").replace("-", "_")
+        table, _, item = key.rpartition(".")
+        if typing.get_origin(kinds.get(table)) is dict:
+            key, words = table, [item, *words]
+        if key not in kinds:
+            known = [f"--{name.replace('_', '-')}" for name in kinds]
+            raise ConfigError(f"{flag} is not a key of the configuration; {nearest(flag, known)}")
+        section, _, name = key.rpartition(".")
+        owner: Any = getattr(config, section) if section else config
+        value = _convert(_from_words(flag, words, kinds[key]), kinds[key], key)
+        if isinstance(value, dict):
+            value = {**getattr(owner, name), **value}
+        owner = dataclasses.replace(owner, **{name: value})
+        nested: dict[str, Any] = {section: owner}
+        config = dataclasses.replace(config, **nested) if section else owner
+    return config
+
+
+def _kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The annotated type of every key, nested ones with a dot."""
+    kinds: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        kinds |= _kinds(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return kinds
+
+
+def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every --key and the words behind it, also as --key=word."""
+    flags: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, equals, word = argument.partition("=")
+            flags.append((flag, [word] if equals else []))
+        elif flags:
+            flags[-1][1].append(argument)
+        else:
+            raise ConfigError(
+                f"CONFIG must be followed by --key value pairs, got {argument!r}; did you mean "
+                f"'--{argument}'?"
+            )
+    return flags
+
+
+def _from_words(flag: str, words: list[str], kind: Any) -> Any:
+    """The words behind ``flag`` as TOML would have them; what is no number stays a word."""
+
+    def value(word: str, kind: Any) -> Any:
+        try:
+            return kind(word) if kind in (int, float) else word
+        except ValueError:
+            return word
+
+    origin, kinds = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return [value(word, kinds[0]) for word in words]
+    if origin is dict and len(words) % 2 == 0:
+        return {
+            key.replace("-", "_"): value(word, kinds[1])
+            for key, word in zip(words[::2], words[1::2], strict=True)
+        }
+    if origin is dict or len(words) != 1:
+        expected = "a number for every name" if origin is dict else "one value"
+        raise ConfigError(
+            f"{flag} must have {expected}, got {' '.join(words) or 'none'}; write "
+            f"{flag} {'NAME VALUE' if origin is dict else 'VALUE'}."
+        )
+    return value(words[0], kind)
 
 
 def save(config: Config, path: Path) -> None:
     """Writes ``config`` as TOML that :func:`load` reads back."""
-    path.write_text(tomli_w.dumps(dataclasses.asdict(config)))
+    write_whole(path, tomli_w.dumps(dataclasses.asdict(config)))

@@ -7,6 +7,7 @@ the same data, and run the same program.
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,6 +48,15 @@ def join_processes(
         ) from error
 
 
+def exit_alone(status: int) -> None:
+    """Ends this process if it has joined others: Python's own exit would wait for them."""
+    if jax.distributed.is_initialized():
+        sys.stderr.flush()
+        if is_first_process():
+            time.sleep(2.0)  # the others, who end with this one, may still have a word to say
+        os._exit(status)
+
+
 def is_first_process() -> bool:
     """Whether this process writes the files of the run."""
     return jax.process_index() == 0
@@ -58,11 +68,54 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def decision_of_first(value: bool) -> bool:
-    """``value`` of the first process, in all."""
+def largest(*values: int) -> list[int]:
+    """The largest of each value among the processes, in all of them."""
     if jax.process_count() == 1:
-        return value
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return list(values)
+    return multihost_utils.process_allgather(np.asarray(values)).max(axis=0).tolist()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Where one process of the run raises an error, all of them do, and none waits for another."""
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    (failed,) = largest(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise ConfigError(
+            f"a run must begin in all of its processes, got an error in another one of the "
+            f"{jax.process_count()}; see its message."
+        )
+
+
+def to_host(tree: PyTree, mesh: Mesh) -> PyTree:
+    """NumPy arrays of the whole of every array, in every process."""
+    if jax.process_count() > 1:  # a device_get takes what this process sees
+        tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
+    return jax.device_get(tree)
+
+
+def _identity(tree: PyTree) -> PyTree:
+    return tree
+
+
+def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
+    """NumPy arrays, the same in every process, as arrays on devices; inverse of ``to_host``."""
+
+    def place(sharding, part):
+        return jax.tree.map(
+            lambda array: jax.make_array_from_callback(
+                np.shape(array), sharding, lambda index: np.asarray(array)[index]
+            ),
+            part,
+        )
+
+    return jax.tree.map(place, shardings, tree)
 
 
 @contextlib.contextmanager

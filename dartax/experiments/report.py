@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from dartax.experiments import plots
 from dartax.experiments.config import ConfigError
+from dartax.experiments.files import write_whole
 from dartax.experiments.plots import Columns
-from dartax.experiments.run_folder import write_whole
 from dartax.plot._history import load
 
 CAPTIONS = {

@@ -1,29 +1,30 @@
-"""What a run leaves behind: metrics, summary, checkpoints, each whole or absent."""
+"""What a run leaves behind, apart from its checkpoints, and who may write it.
 
+The state of a run is its checkpoint: all else is written before it, or made from what is there.
+config.toml comes first, whole. A row of metrics.csv is on the disk before the checkpoint of its
+step is, and rows beyond the checkpoint are dropped by whoever resumes. Pictures, rates.txt and at
+last summary.json are made from both, again where they are missing.
+"""
+
+import contextlib
 import csv
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
-from dartax._transform import VERSION
 from dartax.experiments.config import ConfigError
+from dartax.experiments.files import write_whole
 from dartax.plot._history import read_rows
 
-PyTree = Any
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes ``text`` so that a reader, or a kill, never sees half of it."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+# What summary.json must say of the end of the run.
+SUMMARY_FIGURES = ("test_loss", "test_accuracy", "train_loss", "steps", "epochs", "wall_s")
 
 
 def make_folder(workdir: Path) -> None:
@@ -32,8 +33,14 @@ def make_folder(workdir: Path) -> None:
     Raises:
       ConfigError: If it cannot be made.
     """
-    try:
+    with _asked_to_be_writable(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _asked_to_be_writable(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
@@ -41,9 +48,47 @@ def make_folder(workdir: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """Holds ``workdir`` against a second run; the system lets go of it with the process.
+
+    Raises:
+      ConfigError: If another process holds it.
+    """
+    with _asked_to_be_writable(workdir):
+        file = (workdir / "lock").open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"workdir must be of one run at a time, got {str(workdir)!r}, which another "
+                "dartax train holds; wait for it, stop it, or pass another --workdir."
+            ) from error
+        yield
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` as JSON."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; ``None`` where it is missing, or damaged, with a sentence."""
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        figures = [summary[name] for name in SUMMARY_FIGURES]
+    except FileNotFoundError:
+        return None
+    except (KeyError, RecursionError, TypeError, ValueError):
+        figures = [None]
+    if all(isinstance(figure, int | float) for figure in figures):
+        return summary
+    print(
+        f"dartax: {workdir / 'summary.json'} is damaged; writing it again from the checkpoint.",
+        file=sys.stderr,
+    )
+    return None
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
@@ -67,13 +112,29 @@ class MetricsFile:
         """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run.
 
         Without a path the rows go nowhere: of several processes only one writes.
+
+        Raises:
+          ConfigError: If the rows are of something else, or do not reach ``last_step``.
         """
         self._file = None
         if path is None:
             return
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines[1:] if line.endswith("\n") and _step(line) <= last_step]
-        write_whole(path, ",".join(columns) + "\n" + "".join(kept))
+        text = path.read_text(errors="replace") if path.exists() else ""
+        header, *lines = text.splitlines(keepends=True) or [""]
+        kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
+        expected = ",".join(columns) + "\n"
+        if header not in ("", expected):
+            raise ConfigError(
+                f"{path} must begin with the columns {expected[:40]}..., got {header[:40]!r}; end "
+                "that run with the dartax that began it, or start again with another --workdir."
+            )
+        reached = _step(kept[-1]) if kept else 0
+        if reached != last_step:
+            raise ConfigError(
+                f"{path} must reach step {last_step}, as the checkpoint does, got rows up to step "
+                f"{reached}; put that file back, or start again with another --workdir."
+            )
+        write_whole(path, expected + "".join(kept))
         self._file = path.open("a", newline="")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
@@ -83,59 +144,15 @@ class MetricsFile:
             self._writer.writerow(row)
             self._file.flush()
 
+    def sync(self) -> None:
+        """Waits until the rows are on the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
-
-
-class Checkpoints:
-    """Orbax checkpoints, named by step; a half-written one is never picked up."""
-
-    def __init__(self, path: Path):
-        """Opens the folder ``path``, making it where it is missing.
-
-        Raises:
-          ConfigError: If its checkpoints were saved by a dartax with another layout of the state.
-        """
-        self._manager = ocp.CheckpointManager(
-            path.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
-            metadata={"state_version": VERSION},  # kept from the first time that this is opened
-        )
-        metadata: Any = self._manager.metadata()
-        saved = (metadata.custom_metadata or {}).get("state_version", "none")
-        if saved != VERSION and self._manager.all_steps():
-            self._manager.close()
-            raise ConfigError(
-                f"workdir must hold checkpoints of state version {VERSION}, got version {saved} in "
-                f"{str(path)!r}; end that run with the dartax that began it, or start again with "
-                "another --workdir."
-            )
-
-    def save(self, step: int, tree: PyTree) -> None:
-        """Saves ``tree`` as of ``step``, writing in the background."""
-        self._manager.save(step, args=ocp.args.StandardSave(tree))
-
-    def restore_latest(self, template: PyTree) -> tuple[int, PyTree]:
-        """The newest readable checkpoint and its step; (0, ``template``) where there is none."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            except Exception as error:  # any damage: Orbax raises whatever its reader met
-                print(
-                    f"dartax: checkpoint {step} cannot be read ({type(error).__name__}); "
-                    "going back to the one before it.",
-                    file=sys.stderr,
-                )
-                self._manager.delete(step)
-        return 0, template
-
-    def close(self) -> None:
-        """Waits for the last write."""
-        self._manager.wait_until_finished()
-        self._manager.close()
 
 
 def git_commit() -> str | None:

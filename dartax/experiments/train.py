@@ -2,9 +2,6 @@
 
 import contextlib
 import functools
-import json
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +15,22 @@ from tqdm import tqdm
 import dartax
 from dartax.experiments import config as config_lib
 from dartax.experiments import data, devices, optimizers, plots
+from dartax.experiments.checkpoints import Checkpoints
 from dartax.experiments.config import Config, ConfigError
+from dartax.experiments.files import write_whole
 from dartax.experiments.models import MLP
 from dartax.experiments.run_folder import (
-    Checkpoints,
+    SUMMARY_FIGURES,
     MetricsFile,
     git_commit,
+    held,
     make_folder,
     read_metrics,
+    read_summary,
     versions,
     write_json,
-    write_whole,
 )
+from dartax.experiments.signals import HeldSignals
 
 PyTree = Any
 
@@ -44,33 +45,6 @@ class TrainState(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
-
-
-class HeldInterrupt:
-    """Ctrl-C, held back until ``raise_if_asked``.
-
-    While a checkpoint is being written it would leave tracebacks of Orbax's threads. Outside the
-    main thread, which alone gets signals, this does nothing.
-    """
-
-    def __enter__(self):
-        self._asked = False
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_):
-        self._asked = True
-
-    def raise_if_asked(self) -> None:
-        """Raises the ``KeyboardInterrupt`` that was held back."""
-        if self._asked:
-            raise KeyboardInterrupt
 
 
 class Functions(NamedTuple):
@@ -164,8 +138,11 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
       The summary, as written to ``summary.json``.
 
     Raises:
-      ConfigError: If the configuration makes no run, or ``workdir`` holds another one.
+      ConfigError: If the configuration makes no run, ``workdir`` holds another one, or another
+        process is at work there.
       DataError: If the data are missing or damaged.
+      OSError: If the run folder cannot be read or written; the run can be resumed.
+      KeyboardInterrupt: After Ctrl-C or SIGTERM, with its number, once a checkpoint is saved.
     """
     workdir = Path(config.workdir)
     dataset = data.load(config.dataset)
@@ -195,38 +172,56 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
     except (TypeError, ValueError) as error:  # what only the parameters can tell
         raise ConfigError(f"optimizer.options: {error}") from error
 
-    # Of several processes the first one writes.
-    writes = devices.is_first_process()
-    if writes:
+    make_folder(workdir)
+    if (summary := read_summary(workdir)) is not None:
         claim_workdir(config, workdir)
-    devices.wait_for_all("workdir")
-    if not writes:
-        claim_workdir(config, workdir)
-    # A damaged summary is written again from the last checkpoint.
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((workdir / "summary.json").read_text())
-
-    checkpoints = Checkpoints(workdir / "checkpoints")
+        return summary
     shardings = TrainState(*devices.state_shardings(mesh, optimizer, *shapes))
     functions = compile_functions(config, model, optimizer, dataset, mesh, shardings)
-    step, state = checkpoints.restore_latest(jax.jit(init, out_shardings=shardings)())
+    first_state = jax.jit(init, out_shardings=shardings)
+    with contextlib.ExitStack() as stack, devices.exit_if_left_alone():
+        with devices.together():
+            if devices.is_first_process():  # which alone writes
+                stack.enter_context(held(workdir))
+                claim_workdir(config, workdir)
+        return _train(config, functions, first_state, shapes, shardings, mesh, progress)
+
+
+def _train(
+    config: Config,
+    functions: Functions,
+    first_state: Callable[[], TrainState],
+    shapes: TrainState,
+    shardings: TrainState,
+    mesh: jax.sharding.Mesh,
+    progress: bool,
+) -> dict[str, Any]:
+    """The rest of the run in ``config.workdir``, and its summary."""
+    workdir = Path(config.workdir)
+    steps_per_epoch = len(functions.shuffle(0))
+    total_steps = config.epochs * steps_per_epoch
+    writes = devices.is_first_process()
+    with devices.together():
+        if not writes:
+            claim_workdir(config, workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        step, saved = checkpoints.restore_latest(shapes) if writes else (0, None)
+    (step,) = devices.largest(step)
+    if step and not writes:
+        saved = checkpoints.restore(step, shapes)
+    state = devices.from_host(saved, shardings) if step else first_state()
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
-    metrics = MetricsFile(workdir / "metrics.csv" if writes else None, columns, last_step=step)
+    with devices.together():
+        metrics = MetricsFile(workdir / "metrics.csv" if writes else None, columns, last_step=step)
     rows = read_metrics(workdir / "metrics.csv")
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
 
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (progress and writes))
-    with (
-        HeldInterrupt() as interrupt,
-        bar,
-        contextlib.closing(checkpoints),
-        contextlib.closing(metrics),
-        devices.exit_if_left_alone(),
-    ):
+    with HeldSignals() as signals, bar, contextlib.closing(metrics):
         for epoch in range(step // steps_per_epoch, config.epochs):
             batches = functions.shuffle(epoch)
-            for first in range(0, steps_per_epoch, config.log_steps):
+            for first in range(step % steps_per_epoch, steps_per_epoch, config.log_steps):
                 last = min(first + config.log_steps, steps_per_epoch)
                 state, loss = functions.interval(state, batches, first, last)
                 step = epoch * steps_per_epoch + last
@@ -236,19 +231,25 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
                 row = {name: value.item() for name, value in jax.device_get(values).items()}
                 wall = round(time.monotonic() - start, 3)
                 metrics.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
-                interrupt.raise_if_asked()
                 bar.update(last - first)
                 bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
-            done = epoch + 1 == config.epochs
-            due = time.monotonic() - last_save >= config.checkpoint_seconds
-            if done or devices.decision_of_first(due):
-                checkpoints.save(step, state)
-                last_save = time.monotonic()
+                old = time.monotonic() - last_save >= config.checkpoint_seconds
+                signum, due = devices.largest(signals.signum, old or step == total_steps)
+                if signum or due:
+                    metrics.sync()
+                    host_state = devices.to_host(state, mesh)
+                    if writes:
+                        checkpoints.save(step, host_state)
+                    last_save = time.monotonic()
+                if signum:
+                    raise KeyboardInterrupt(signum)
 
     if writes:
         finish(config, workdir, step, state, shapes, mesh)
     devices.wait_for_all("summary")
-    return json.loads((workdir / "summary.json").read_text())
+    summary = read_summary(workdir)
+    assert summary is not None, "the first process has just written it"
+    return summary
 
 
 def finish(
@@ -267,12 +268,9 @@ def finish(
         rates = dartax.describe(devices.own_shards(state.opt_state), shapes.params)
         write_whole(workdir / "rates.txt", rates + "\n")
     summary = {
-        "test_loss": last_row["test_loss"],
-        "test_accuracy": last_row["test_accuracy"],
-        "train_loss": last_row["train_loss"],
+        **{name: last_row.get(name) for name in SUMMARY_FIGURES},
         "steps": step,
         "epochs": config.epochs,
-        "wall_s": last_row["wall_s"],
         "git_commit": git_commit(),
         "versions": versions(),
         "device": jax.devices()[0].device_kind,
@@ -285,20 +283,13 @@ def finish(
 def claim_workdir(config: Config, workdir: Path) -> None:
     """Writes ``config.toml``, or checks that the run folder belongs to the same configuration."""
     path = workdir / "config.toml"
-    make_folder(workdir)
-    try:
-        if not path.exists():
-            config_lib.save(config, path)
-    except OSError as error:
-        raise ConfigError(
-            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
-            "pass another --workdir."
-        ) from error
-    if (held := config_lib.load(path)) != config:
+    if not path.exists():
+        config_lib.save(config, path)
+    if (there := config_lib.load(path)) != config:
         changed = [
-            f"{name} {getattr(held, name)!r} there, {getattr(config, name)!r} here"
+            f"{name} {getattr(there, name)!r} there, {getattr(config, name)!r} here"
             for name in Config.__dataclass_fields__
-            if getattr(held, name) != getattr(config, name) and name not in ("workdir", "mesh")
+            if getattr(there, name) != getattr(config, name) and name not in ("workdir", "mesh")
         ]
         if changed:
             raise ConfigError(

@@ -31,17 +31,17 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
     if not path.exists():
         return []
     rows = []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         # A kill can leave a last line without its end: only whole lines count.
         lines = [line for line in file if line.endswith("\n")]
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
+    try:
+        for row in csv.DictReader(lines):
             rows.append({name: float(cell) if cell else None for name, cell in row.items()})
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} must hold a number in every cell, got another at line {number} ({error}); "
-                "delete that line."
-            ) from error
+    except (TypeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} must hold a number in every cell, got another at line {len(rows) + 2} "
+            f"({error}); delete that line."
+        ) from error
     return rows
 
 

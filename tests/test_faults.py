@@ -1,0 +1,610 @@
+"""What ``dartax train`` promises under faults, each row of a table held by a test.
+
+==================================================  ==========================================  ====
+fault                                               what happens                                exit
+==================================================  ==========================================  ====
+``kill -9`` at any moment                           the same command ends bit for bit where an
+                                                    unbroken run ends
+Ctrl-C, SIGTERM                                     a checkpoint at the next row of
+                                                    ``metrics.csv``; the command that resumes   130, 143
+a second one of them                                ends the process at once                    130, 143
+a full disk, also in the middle of a file           a sentence; resumes once there is room      1
+a file that cannot be read, too little memory       a sentence; nothing is touched              1
+a damaged checkpoint                                is set aside; the one before it goes on     0
+a checkpoint of another model, optimizer, version   a sentence; nothing is touched              2
+a damaged ``summary.json``                          is written again                            0
+a ``metrics.csv`` with rows missing                 a sentence; nothing is touched              2
+two runs on one folder                              the second one is refused                   2
+data cut short or altered                           a sentence                                  2
+a mistake in the configuration                      a sentence; nothing is touched              2
+a pickle in place of any file that is read          is never run; as a damaged file             0, 2
+==================================================  ==========================================  ====
+
+"Bit for bit" is ``assert_same_run``: every row of ``metrics.csv``, wall times apart, and every
+array of the last checkpoint. Twenty kills in place of two: ``DARTAX_KILLS=20``.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+from flax import serialization
+from run_folders import assert_same_run, steps_of
+
+from dartax.experiments import checkpoints, cli, data, plots, run_folder
+from dartax.experiments import config as config_lib
+from dartax.experiments.config import Config, ModelConfig, OptimizerConfig
+from dartax.experiments.run_folder import read_metrics
+from dartax.experiments.signals import HeldSignals
+from dartax.experiments.train import train_and_evaluate
+
+# An epoch has 22 steps, with rows, and checkpoints, at 10, 20 and 22 of them.
+TINY = Config(
+    epochs=3, log_steps=10, checkpoint_seconds=0.0, mesh=(1,), model=ModelConfig(hidden=(8,))
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """They take longer than all else; test_experiments.py looks at them."""
+    monkeypatch.setattr(plots, "draw", lambda _: [])
+
+
+@pytest.fixture
+def dartax(capsys):
+    """Runs the command, and returns its status and the sentences that it said."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return status, [line for line in said.splitlines() if line.startswith("dartax: ")]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """``whole``, an unbroken run, and ``stopped``, one stopped at step 42, mid-epoch."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "draw", lambda _: [])
+        train_and_evaluate(dataclasses.replace(TINY, workdir=str(folder / "whole")), progress=False)
+        stopped = dataclasses.replace(TINY, workdir=str(folder / "stopped"))
+        with signal_at_step(42, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+            train_and_evaluate(stopped, progress=False)
+    assert steps_of(folder / "stopped") == [32, 42]
+    return folder
+
+
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """A copy of the stopped run, and the configuration that resumes it."""
+    shutil.copytree(runs / "stopped", tmp_path / "a")
+    config_lib.save(dataclasses.replace(TINY, workdir="a"), tmp_path / "a.toml")
+    return tmp_path / "a"
+
+
+@contextlib.contextmanager
+def at_step(step, act):
+    """Acts as the row of ``step`` is about to be written."""
+    write = run_folder.MetricsFile.write
+
+    def acting(self, row):
+        if row["step"] == step:
+            act()
+        write(self, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.MetricsFile, "write", acting)
+        yield
+
+
+def signal_at_step(step, signum):
+    return at_step(step, lambda: os.kill(os.getpid(), signum))
+
+
+def content(folder):
+    """Every file below ``folder``; the lock, which is empty, and parts of files do not count."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "lock" and path.suffix != ".part"
+    }
+
+
+# Kills
+
+
+def test_a_run_killed_at_random_ends_where_an_unbroken_one_ends(dartax, capsys):
+    kills = int(os.environ.get("DARTAX_KILLS", "2"))
+    config = dataclasses.replace(TINY, epochs=20 * (1 + kills), workdir="killed")
+    config_lib.save(config, Path("killed.toml"))
+    command = [sys.executable, "-m", "dartax.experiments.cli", "train", "killed.toml"]
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path("compiled").absolute())}
+    moments = random.Random(0)
+    metrics = Path("killed/metrics.csv")
+    for _ in range(kills):
+        before = len(read_metrics(metrics))
+        with subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment
+        ) as process:
+            deadline = time.monotonic() + 200
+            # It trains again as soon as rows are dropped or added.
+            while len(read_metrics(metrics)) in (before, 0):
+                assert process.poll() is None, "the run ended before it could be killed"
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0.0, 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        if "DARTAX_KILLS" in os.environ:
+            with capsys.disabled():
+                step, writing = (
+                    int(read_metrics(metrics)[-1]["step"]),
+                    any(Path("killed").rglob("*.part")),
+                )
+                print(f"killed after step {step}{', while writing a checkpoint' * writing}")
+    assert dartax("train", "killed.toml") == (0, [])
+    train_and_evaluate(dataclasses.replace(config, workdir="whole"), progress=False)
+    assert_same_run("killed", "whole")
+
+
+def test_a_kill_at_any_step_of_writing_leaves_a_run_that_ends_the_same(monkeypatch, tmp_path):
+    """What is on the disk before every change of it is what a kill at that moment leaves."""
+    config = dataclasses.replace(
+        TINY, epochs=1, optimizer=OptimizerConfig(name="adamw", learning_rate=1e-3)
+    )
+    left = {}
+    opened = Path.open
+
+    def leave():
+        files = {}
+        for path in Path("run").rglob("*"):
+            if path.is_file():
+                with opened(path, "rb") as file:
+                    files[path.relative_to("run")] = file.read()
+        left[str(sorted(files.items()))] = files
+
+    def before(function):
+        return lambda *arguments, **options: (leave(), function(*arguments, **options))[1]
+
+    with monkeypatch.context() as patch:
+        for owner, names in (
+            (Path, ("mkdir", "open", "replace", "unlink")),
+            (os, ("fsync",)),
+            (run_folder.MetricsFile, ("write",)),
+        ):
+            for name in names:
+                patch.setattr(owner, name, before(getattr(owner, name)))
+        train_and_evaluate(dataclasses.replace(config, workdir="run"), progress=False)
+
+    assert len(left) > 15
+    for number, files in enumerate(left.values()):
+        workdir = tmp_path / str(number)
+        for name, raw in files.items():
+            (workdir / name).parent.mkdir(parents=True, exist_ok=True)
+            (workdir / name).write_bytes(raw)
+        train_and_evaluate(dataclasses.replace(config, workdir=str(workdir)), progress=False)
+        assert_same_run(workdir, "run")
+        assert not list(workdir.rglob("*.part"))
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(signum, status, dartax, runs):
+    config_lib.save(dataclasses.replace(TINY, checkpoint_seconds=1e9), Path("a.toml"))
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with signal_at_step(32, signum):
+        assert dartax("train", "a.toml", "--workdir", "a b") == (
+            status,
+            [
+                "dartax: stopped; the same command resumes the run: dartax train a.toml --workdir 'a b'"
+            ],
+        )
+    assert steps_of("a b") == [32]
+    assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert dartax("train", "a.toml", "--workdir", "a b") == (0, [])
+    assert_same_run("a b", runs / "whole")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    with HeldSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.signum == signal.SIGINT
+        # The system's own action: no Python has to run for it.
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_before_the_first_step_is_a_stop_too(dartax, monkeypatch):
+    monkeypatch.setattr(data, "digits", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    config_lib.save(TINY, Path("a.toml"))
+    assert dartax("train", "a.toml") == (
+        143,
+        ["dartax: stopped; the same command resumes the run: dartax train a.toml"],
+    )
+
+
+# Disks
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """Writes end, in the middle, at ``size`` bytes of a file, as they do on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/42.msgpack"])
+def test_a_disk_that_is_full_in_the_middle_of_a_file(name, dartax, stopped, runs):
+    rows = (stopped / "metrics.csv").stat().st_size
+    with (
+        no_file_beyond(rows + 20 if name == "metrics.csv" else rows + 2000) as fill,
+        at_step(44, fill),
+    ):
+        status, said = dartax("train", "a.toml")
+    assert status == 1
+    assert said == [
+        "dartax: the files of a run must be readable and writable, got [Errno 27] File too large; "
+        "mend that, and the same command resumes the run: dartax train a.toml"
+    ]
+    assert not list(stopped.rglob("*.part"))
+    if name == "metrics.csv":
+        assert not (stopped / name).read_bytes().endswith(b"\n"), "a row was cut"
+    # Still full: the same again, and nothing is lost.
+    before = content(stopped)
+    with no_file_beyond(200) as fill:
+        fill()
+        assert dartax("train", "a.toml")[0] == 1
+    assert content(stopped) == before
+    assert dartax("train", "a.toml") == (0, [])
+    assert_same_run(stopped, runs / "whole")
+
+
+def test_a_file_system_that_is_full(dartax, stopped, runs, tmp_path):
+    def mount(*options):
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", *options, "tmpfs", tmp_path / "small"], capture_output=True
+        ).returncode
+
+    (tmp_path / "small").mkdir()
+    if shutil.which("mount") is None or mount("-o", "size=256k"):
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        workdir = tmp_path / "small" / "a"
+        shutil.copytree(stopped, workdir)
+        filler = tmp_path / "small" / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        status, said = dartax("train", "a.toml", "--workdir", workdir)
+        assert (status, len(said)) == (1, 1)
+        assert "got [Errno 28] No space left on device" in said[0]
+        filler.unlink()
+        assert dartax("train", "a.toml", "--workdir", workdir) == (0, [])
+        assert_same_run(workdir, runs / "whole")
+    finally:
+        subprocess.run(["umount", tmp_path / "small"], check=True)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
+    error, dartax, stopped, monkeypatch
+):
+    def read(self, step, template):
+        raise error
+
+    monkeypatch.setattr(checkpoints.Checkpoints, "restore", read)
+    before = content(stopped)
+    status, said = dartax("train", "a.toml")
+    assert (status, len(said)) == (1, 1)
+    assert "must be readable and writable, got" in said[0]
+    assert content(stopped) == before
+
+
+# Damage to the run folder
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+BOMB = pickle.dumps(Bomb())
+
+
+def cut(name):
+    return lambda run: os.truncate(run / name, (run / name).stat().st_size * 2 // 3)
+
+
+def put(name, raw):
+    return lambda run: (run / name).write_bytes(raw)
+
+
+def append(name, raw):
+    return lambda run: put(name, (run / name).read_bytes() + raw)(run)
+
+
+def flip(name):
+    def damage(run):
+        raw = bytearray((run / name).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (run / name).write_bytes(raw)
+
+    return damage
+
+
+def resave(change):
+    """Saves the newest checkpoint again, checksum included, after a change."""
+
+    def damage(run):
+        path = run / "checkpoints/42.msgpack"
+        saved = change(serialization.msgpack_restore(path.read_bytes()[32:]))
+        raw = saved if isinstance(saved, bytes) else serialization.msgpack_serialize(saved)
+        path.write_bytes(hashlib.sha256(raw).digest() + raw)
+
+    return damage
+
+
+def other_width(saved):
+    saved["state"]["params"]["Dense_0"]["bias"] = np.zeros(9, np.float32)
+    return saved
+
+
+def without_a_layer(saved):
+    del saved["state"]["params"]["Dense_0"]
+    return saved
+
+
+def both(*damages):
+    return lambda run: [damage(run) for damage in damages]
+
+
+def as_folders(run):
+    (run / "checkpoints/66").mkdir()
+
+
+NEWEST, OLDER = "checkpoints/42.msgpack", "checkpoints/32.msgpack"
+ASIDE = r"checkpoint 42 is damaged and was renamed to .*42.msgpack.damaged; going back to the one before it"
+NOT_REACHED = "metrics.csv must reach step 42, as the checkpoint does, got rows up to step"
+
+# What is done to a stopped run, the status of the command that resumes it, and what it says.
+DAMAGES = {
+    "nothing": (lambda run: None, 0, []),
+    "newest checkpoint cut short": (cut(NEWEST), 0, [ASIDE]),
+    "newest checkpoint empty": (put(NEWEST, b""), 0, [ASIDE]),
+    "one bit of it changed": (flip(NEWEST), 0, [ASIDE]),
+    "both cut short": (both(cut(NEWEST), cut(OLDER)), 0, [ASIDE, "checkpoint 32 is damaged"]),
+    "only the older one cut short": (cut(OLDER), 0, []),
+    "half-written files left behind": (
+        both(put(NEWEST + ".part", b"half"), put("metrics.csv.part", b"half")), 0, []),
+    "checkpoint of another width": (
+        resave(other_width), 2,
+        [r"workdir must hold checkpoints of this model and optimizer, got 'a/checkpoints/42.msgpack' of another \(params/Dense_0/bias is float32\[9\] there, float32\[8\] here\); put back"]),
+    "checkpoint of another depth": (
+        resave(without_a_layer), 2, [r"of this model and optimizer, got .* of another \(.*Dense_0"]),
+    "checkpoint of another version": (
+        resave(lambda saved: {**saved, "version": 99}), 2,
+        [r"workdir must hold checkpoints of state version \d+, got version 99 in 'a/checkpoints'; end that run with the dartax that began it"]),
+    "checkpoints of an earlier dartax": (
+        as_folders, 2, ["workdir must hold checkpoints of state version .* got those of an earlier dartax"]),
+    "metrics.csv missing": (lambda run: (run / "metrics.csv").unlink(), 2, [NOT_REACHED + " 0; put that file back"]),
+    "metrics.csv cut short": (cut("metrics.csv"), 2, [NOT_REACHED]),
+    "metrics.csv of something else": (
+        put("metrics.csv", b"day,rain\n1,2\n"), 2, ["metrics.csv must begin with the columns step,epoch,.* got 'day,rain"]),
+    "a row without its end": (append("metrics.csv", b"44,2,0.1,0."), 0, []),
+    "lines behind the last row": (append("metrics.csv", b"\nnonsense\n\xff\0\n"), 0, []),
+    "config.toml cut short": (cut("config.toml"), 2, ["a/config.toml'|with another"]),
+    "summary.json cut short": (put("summary.json", b'{"test_loss": 0.1'), 0, ["summary.json is damaged; writing it again"]),
+    "summary.json of something else": (put("summary.json", b"[]"), 0, ["summary.json is damaged"]),
+    "a pickle as the newest checkpoint": (put(NEWEST, BOMB), 0, [ASIDE]),
+    "a pickle with a checksum": (resave(lambda _: BOMB), 0, [ASIDE]),
+    "a pickle as summary.json": (put("summary.json", BOMB), 0, ["summary.json is damaged"]),
+    "a pickle as metrics.csv": (put("metrics.csv", BOMB), 2, ["metrics.csv must begin with the columns"]),
+    "a pickle as config.toml": (put("config.toml", BOMB), 2, ["CONFIG must be valid TOML, got 'a/config.toml'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_mended_or_refused(name, dartax, stopped, runs):
+    damage, status, sentences = DAMAGES[name]
+    damage(stopped)
+    before = content(stopped)
+    found, said = dartax("train", "a.toml")
+    assert (found, len(said)) == (status, len(sentences)), said
+    for sentence, expected in zip(said, sentences, strict=True):
+        assert re.search(expected, sentence), sentence
+    assert not Path("exploded").exists()
+    if status == 0:
+        assert_same_run(stopped, runs / "whole")
+        for aside in stopped.rglob("*.damaged"):
+            assert aside.read_bytes() == before[Path("checkpoints") / aside.stem]
+        assert len(list(stopped.rglob("*.damaged"))) == len([s for s in said if "renamed" in s])
+    else:
+        assert content(stopped) == before
+
+
+# Two runs at a time
+
+
+def test_a_second_run_on_a_folder_is_refused(dartax, stopped, runs):
+    before = content(stopped)
+    with run_folder.held(stopped):
+        assert dartax("train", "a.toml") == (
+            2,
+            [
+                "dartax: workdir must be of one run at a time, got 'a', which another dartax train "
+                "holds; wait for it, stop it, or pass another --workdir."
+            ],
+        )
+    assert content(stopped) == before
+    # A process that was killed left the file, and no lock.
+    assert (stopped / "lock").exists()
+    assert dartax("train", "a.toml") == (0, [])
+
+
+# Data; test_experiments.py and test_tasks.py cut and alter those that are downloaded
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut"])
+def test_damaged_digits(damage, dartax, monkeypatch):
+    x, y = sklearn.datasets.load_digits(return_X_y=True)
+    x[1000, 20] += 1
+
+    def load(**_):
+        if damage == "cut":
+            raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+        return x, y
+
+    monkeypatch.setattr(sklearn.datasets, "load_digits", load)
+    config_lib.save(TINY, Path("a.toml"))
+    status, said = dartax("train", "a.toml")
+    assert status == 2
+    assert (
+        "digits must be as scikit-learn publishes them, got another content; reinstall" in said[0]
+    )
+
+
+def test_a_pickle_as_data(dartax, monkeypatch, tmp_path):
+    monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    for name in data.MNIST_SHA256:
+        (tmp_path / "mnist" / name).write_bytes(BOMB)
+    config_lib.save(dataclasses.replace(TINY, dataset="mnist"), Path("a.toml"))
+    status, said = dartax("train", "a.toml")
+    assert (status, len(said)) == (2, 1)
+    assert "must be the published MNIST file, got" in said[0]
+    np.savez(tmp_path / data.CIFAR_FILE, train_images=np.array([Bomb()]))
+    with pytest.raises(data.DataError, match="must be an npz file with uint8 arrays"):
+        data.cifar10()
+    (tmp_path / data.CIFAR_FILE).write_bytes(BOMB)
+    with pytest.raises(data.DataError, match="must be an npz file with uint8 arrays"):
+        data.cifar10()
+    assert not Path("exploded").exists()
+
+
+# Mistakes in the configuration
+
+
+MISTAKES = {
+    "epoch = 3": "epoch is not a key of the configuration; did you mean 'epochs'?",
+    "[optimizer]\nscedule = 'linear'": "optimizer.scedule is not .* did you mean 'schedule'?",
+    "[optimizer]\nname = 'dartt'": "optimizer.name must be one of .* got 'dartt'; did you mean 'dart'?",
+    "[optimizer]\nname = []": r"optimizer.name must be one of .* got \[\]",
+    "epochs = '3'": "epochs must be of type int, got '3'",
+    "epochs = true": "epochs must be of type int, got True",
+    "epochs = 1.5": "epochs must be of type int, got 1.5",
+    "epochs = 2020-01-01": "epochs must be of type int, got datetime.date",
+    "epochs = {}": "epochs must be of type int, got {}",
+    "[epochs]": "epochs must be of type int, got {}",
+    "epochs = 0": "epochs must be an int of at least 1, got 0",
+    "epochs = -1": "epochs must be an int of at least 1, got -1",
+    f"epochs = {10**30}": r"epochs must make fewer than 2\*\*31 steps, got 1000000000000000000000000000000 epochs",
+    f"epochs = {'9' * 5000}": "CONFIG must be valid TOML, got 'bad.toml'",
+    f"batch_size = {10**30}": "batch_size must be at most the 1438 training examples, got 1000",
+    "batch_size = 0": "batch_size must be an int of at least 1, got 0",
+    "log_steps = -3": "log_steps must be an int of at least 1, got -3",
+    "seed = -1": r"seed must be an int in \[0, 2\*\*32\), got -1",
+    f"seed = {2**32}": r"seed must be an int in \[0, 2\*\*32\), got 4294967296",
+    "workdir = ''": "workdir must be a folder, got ''",
+    'workdir = "a\\u0000b"': r"workdir must be a folder, got 'a\\x00b'",
+    f"workdir = '{'a' * 300}'": "workdir must be a writable folder, got 'aaa.*File name too long",
+    "workdir = 'bad.toml'": r"workdir must be a writable folder, got 'bad.toml' \(File exists\)",
+    f"mesh = [{10**30}]": "mesh must have at most the .* devices that JAX finds",
+    "mesh = [1, 2, 3]": "mesh must hold one or two numbers of devices",
+    "checkpoint_seconds = nan": "checkpoint_seconds must be a non-negative number, got nan",
+    "checkpoint_seconds = -1": "checkpoint_seconds must be a non-negative number, got -1.0",
+    f"checkpoint_seconds = -{10**400}": "checkpoint_seconds must be a non-negative number, got -inf",
+    "model = 3": r"model must be a table, got 3; write \[model\] above it",
+    "[model]\nhidden = [0]": r"model.hidden must hold widths from 1 to 100000, got \[0\]",
+    f"[model]\nhidden = [{10**30}]": "model.hidden must hold widths from 1 to 100000, got",
+    "[model]\nhidden = ['a']": r"model.hidden\[0\] must be of type int, got 'a'",
+    "[model]\nhidden = {}": r"model.hidden must be of type tuple\[int, ...\], got {}",
+    "[optimizer]\nlearning_rate = nan": "learning_rate must be a non-negative number, got nan",
+    "[optimizer]\nlearning_rate = -1": "learning_rate must be a non-negative number, got -1",
+    "[optimizer]\nlearning_rate = inf": "learning_rate must be a non-negative number, got inf",
+    f"[optimizer]\nlearning_rate = {10**400}": "learning_rate must be a non-negative number, got inf",
+    "[optimizer]\nwarmup = 1.0": r"optimizer.warmup must be a part of the run in \[0, 1\), got 1.0",
+    "[optimizer]\nkey = -1": r"optimizer.key must be an int in \[0, 2\*\*32\), got -1",
+    "[optimizer]\noptions = 3": r"optimizer.options must be of type dict\[str, float\], got 3",
+    "[optimizer.options]\ninit_rate = 'x'": "optimizer.options.init_rate must be of type float, got 'x'",
+    "[optimizer.options]\ninit_rate = nan": "optimizer.options: init_rate must be a positive number, got nan",
+    "[optimizer.options]\nint_rate = 1": "int_rate is not an option of dart; did you mean 'init_rate'?",
+    "epochs = = 3": "CONFIG must be valid TOML, got 'bad.toml'",
+    "epochs = 3\nepochs = 4": "CONFIG must be valid TOML, got 'bad.toml'",
+    "a = " + "[" * 10_000: "CONFIG must be valid TOML, got 'bad.toml'",
+    "\xff": "CONFIG must be valid TOML, got 'bad.toml'",
+    "--epoch 3": "--epoch is not a key of the configuration; did you mean '--epochs'?",
+    "--optimizer.scedule linear": "--optimizer.scedule is not a key .* did you mean '--optimizer.schedule'?",
+    "--optimizer 3": "--optimizer is not a key of the configuration",
+    "--epochs many": "epochs must be of type int, got 'many'",
+    "--epochs nan": "epochs must be of type int, got 'nan'",
+    "--epochs": "--epochs must have one value, got none; write --epochs VALUE",
+    "--epochs 3 4": "--epochs must have one value, got 3 4; write --epochs VALUE",
+    "--epochs=": "epochs must be of type int, got ''",
+    "--epochs -1": "epochs must be an int of at least 1, got -1",
+    "--model.hidden 8 a": r"model.hidden\[1\] must be of type int, got 'a'",
+    "--optimizer.name dartt": "optimizer.name must be one of .* did you mean 'dart'?",
+    "--optimizer.options.init-rate x": "optimizer.options.init_rate must be of type float, got 'x'",
+    "--optimizer.options init_rate": "--optimizer.options must have a number for every name, got init_rate",
+    "--optimizer.options.int-rate 1": "int_rate is not an option of dart; did you mean 'init_rate'?",
+    "--checkpoint-seconds nan": "checkpoint_seconds must be a non-negative number, got nan",
+    "--batch-size 5000": "batch_size must be at most the 1438 training examples, got 5000",
+    "stray": "CONFIG must be followed by --key value pairs, got 'stray'; did you mean '--stray'?",
+    "--processes many": "argument --processes: invalid int value: 'many'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[:40])
+def test_mistakes_get_one_sentence(mistake, dartax):
+    on_the_command_line = mistake.startswith(("--", "stray"))
+    text = "" if on_the_command_line else mistake
+    Path("bad.toml").write_bytes(text.encode("latin-1"))
+    status, said = dartax("train", "bad.toml", *(mistake.split() if on_the_command_line else []))
+    assert (status, len(said)) == (2, 1)
+    assert re.search(MISTAKES[mistake], said[0]), said[0][:400]
+    assert content(Path()) == {Path("bad.toml"): text.encode("latin-1")}
+
+
+def test_configurations_that_are_no_files(dartax, tmp_path):
+    for name, match in (("missing.toml", "No such file"), (str(tmp_path), "Is a directory")):
+        status, said = dartax("train", name)
+        assert (status, len(said)) == (2, 1)
+        assert f"CONFIG must be a readable TOML file, got '{name}' ({match}" in said[0]
+
+
+def test_options_on_the_command_line_stand_beside_those_of_the_file():
+    config = dataclasses.replace(TINY, optimizer=OptimizerConfig(options={"init_rate": 1e-4}))
+    for words in (["--optimizer.options.weight-decay", "0.1"], ["--optimizer.options", "weight_decay", "0.1"]):  # fmt: skip
+        changed = config_lib.override(config, words, "dartax train")
+        assert changed.optimizer.options == {"init_rate": 1e-4, "weight_decay": 0.1}
+    changed = config_lib.override(
+        config, ["--model.hidden", "--seed=3", "--checkpoint_seconds", "1"], "dartax train"
+    )
+    assert (changed.model.hidden, changed.seed, changed.checkpoint_seconds) == ((), 3, 1.0)
