@@ -11,7 +11,7 @@ from dartax._inspect import (
     metrics,
 )
 from dartax._paper_dart import paper_dart
-from dartax._transform import ScaleByDartState
+from dartax._state import ScaleByDartState
 
 __all__ = [
     "ScaleByDartState",

@@ -32,6 +32,7 @@ import numpy as np
 import optax
 
 from dartax import random
+from dartax._blocks import LARGEST_ROOT
 from dartax._inner import Guarded, choose, guard
 
 PyTree = Any
@@ -204,6 +205,8 @@ def learn_and_draw(
     """
     concentration, mu, nu, _, derivative = shares
     gradient = derivative * h
+    # The square of a greater one would stay in the average for ever.
+    gradient = jnp.where(jnp.abs(gradient) < LARGEST_ROOT, gradient, 0.0)
     mu = B1 * mu + (1 - B1) * gradient
     nu = B2 * nu + (1 - B2) * gradient**2
     root = jnp.sqrt(nu)
@@ -250,6 +253,8 @@ def renew(
     """
     structure: Any = jax.tree.structure(state.shares.within_factor)
     leaves = Shares(*(jax.tree.leaves(tree) for tree in state.shares))
+    if not leaves.within_factor:  # a label of optax.partition that nobody has
+        return state
     count = state.allocation_count
     turn = Turn([leaf.shape for leaf in leaves.within_factor], count)
     slices = turn.slices

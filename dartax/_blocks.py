@@ -12,6 +12,9 @@ PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
 BlockIndex = tuple[jax.Array, ...] | jax.Array
 
+# The squares of numbers from here on leave float32.
+LARGEST_ROOT = 2.0**64
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path as text: ``('Dense_0', 'kernel')`` is ``Dense_0/kernel``."""
@@ -43,7 +46,8 @@ def check_params(params: PyTree) -> None:
             )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
-            fix = "optax.contrib.split_real_and_imaginary" if dtype.kind == "c" else "optax.masked"
+            is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+            fix = "optax.contrib.split_real_and_imaginary" if is_complex else "optax.masked"
             raise TypeError(
                 f"params must have real floating dtypes, got {dtype} at '{path_name(path)}'; "
                 f"leave it to another transform with {fix}."
@@ -64,6 +68,11 @@ def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
                     f"{jnp.shape(update)} instead of {leaf.shape} at '{path_name(path)}'; "
                     "call init again after changing the model."
                 )
+            if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
+                raise TypeError(
+                    f"{name} must be real, got {jnp.result_type(update)} at '{path_name(path)}'; "
+                    "take the gradient of a real loss with respect to real parameters."
+                )
         return
     got = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
     want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
@@ -71,7 +80,7 @@ def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
     raise ValueError(
         f"{name} must have the tree structure of the parameters given to init, got "
         + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
-        + "; take the gradient with respect to the same tree that init was given."
+        + "; pass the same tree as to init."
     )
 
 
@@ -129,6 +138,7 @@ def block_index(numbers: list[int]) -> BlockIndex:
 
 def block_dots(left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int) -> jax.Array:
     """Inner product of two trees over every block, accumulated in float32; ``[K]``."""
+    # Nothing but the product: XLA makes a dot of it, which a loop over two operands is not.
     dots = [
         jnp.sum(jnp.asarray(x).astype(jnp.float32) * y.astype(jnp.float32))
         for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
@@ -146,7 +156,9 @@ def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
 
 
 def matrix_rms(tree: PyTree, numbers: list[int], num_blocks: int) -> jax.Array:
-    """Root mean square of the elements of every block's matrices, ``[K]``; 0 without any.
+    """Root mean square of the elements of every block's matrices, at most 2**64, ``[K]``.
+
+    It is 0 without any, and for elements whose squares vanish in float32.
 
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
     normalization at 1, whatever the size of the weights that they belong to.
@@ -160,4 +172,4 @@ def matrix_rms(tree: PyTree, numbers: list[int], num_blocks: int) -> jax.Array:
     size = np.zeros(num_blocks, np.float32)
     np.add.at(size, blocks, [leaf.size for leaf in chosen])
     squares = block_dots(chosen, chosen, block_index(blocks), num_blocks)
-    return jnp.sqrt(squares / np.maximum(size, 1))
+    return jnp.minimum(jnp.sqrt(squares / np.maximum(size, 1)), LARGEST_ROOT)

@@ -27,7 +27,9 @@ def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool],
         if not (-LARGEST <= value <= LARGEST and holds(value)):
             raise ValueError(f"{name} must be {constraint}, got {value}; {fix}.")
     elif not (
-        isinstance(value, jax.Array | np.ndarray) and jnp.issubdtype(value.dtype, jnp.number)
+        isinstance(value, jax.Array | np.ndarray)
+        and jnp.issubdtype(value.dtype, jnp.number)
+        and not jnp.issubdtype(value.dtype, jnp.complexfloating)
     ):
         raise TypeError(f"{name} must be {constraint}, got {value!r}; {fix}.")
     elif value.shape != ():
@@ -60,6 +62,27 @@ def schedule(name: str, value: Any) -> None:
         )
 
 
+def scalar(name: str, value: Any, fix: str) -> None:
+    """Checks a real scalar, traced or not, of any value."""
+    if value is None or not (hasattr(value, "dtype") or isinstance(value, int | float)):
+        raise TypeError(f"{name} must be a real scalar, got {value!r}; {fix}.")
+    if jnp.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        kind = f"{jnp.result_type(value)} of shape {list(jnp.shape(value))}"
+        raise TypeError(f"{name} must be a real scalar, got {kind}; {fix}.")
+
+
+def mask(value: Any) -> None:
+    """Checks a tree of bools, or a function that gives one."""
+    if callable(value):
+        return
+    for leaf in jax.tree.leaves(value):
+        if np.asarray(leaf).dtype.kind != "b":
+            raise TypeError(
+                "mask must be a tree of bools, or a function from params to one, got the leaf "
+                f"{leaf!r}; pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params)."
+            )
+
+
 def weight_decay(value: Any) -> None:
     """Checks the coefficient of a weight decay."""
     number(
@@ -88,7 +111,8 @@ def transformation(name: str, value: Any) -> None:
 def floating_dtype(name: str, value: Any) -> None:
     """Checks a floating dtype or its name."""
     try:
-        if jnp.issubdtype(jnp.dtype(value), jnp.floating):
+        # NumPy reads None as float64.
+        if value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating):
             return
     except TypeError:
         pass

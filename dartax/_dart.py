@@ -36,6 +36,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dartax import _check
@@ -95,7 +96,7 @@ def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far log concentrations may grow in this update, ``[K]``."""
     limit = jnp.maximum(GROWTH, SPRINT * context.fall)
-    limit = jnp.minimum(limit, RAMP / f32(1 + context.num))
+    limit = jnp.minimum(limit, RAMP / (1 + f32(context.num)))
     weight_rms = context.weight_rms
     # Blocks of vectors take the scale of the smallest matrices, if there are any.
     positive = weight_rms > 0
@@ -108,6 +109,14 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
     """Learning in log space; the slack is the last of the K + 1 components."""
 
     def init(num_blocks):
+        numbers = (concentration, init_rate, min_rate, max_rate)
+        if all(map(_check.is_number, numbers)):
+            least = float(concentration) * (max_rate - min_rate) / MAX_CONCENTRATION
+            if not np.float32(init_rate) - np.float32(min_rate) >= least:
+                raise ValueError(
+                    f"init_rate must be at least {least:.3g} above min_rate, where float32 ends, "
+                    f"got init_rate={init_rate} and min_rate={min_rate}; raise init_rate."
+                )
         # The mean rate of a block is min_rate + (max_rate - min_rate) / inverse_share.
         if _check.is_number(init_rate) and _check.is_number(max_rate):
             top = min_rate + (max_rate - min_rate) / max(num_blocks, 1)
@@ -221,10 +230,12 @@ def scale_by_dart(
       ... )
       >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
-    A step with a non-finite gradient, one so large that its inner product with past steps
-    leaves float32, or a non-finite loss (where it is passed as ``update(..., value=loss)``) is
-    skipped: the updates are zero, and the state keeps all but its counters ``count`` and
-    ``skipped``.
+    A step with a non-finite gradient, one so large that its inner product with past steps, or
+    the square of that, leaves float32, or a non-finite loss (where it is passed as
+    ``update(..., value=loss)``) is skipped: the updates are zero, and the state keeps all but its
+    counters ``count`` and ``skipped``. An element of 2**64 or more, whose square leaves float32,
+    leaves its moments in the default ``inner`` as they were; under another one with a state the
+    step is skipped.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
@@ -314,6 +325,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     """
     _check.transformation("inner", inner)
     _check.weight_decay(weight_decay)
+    _check.mask(mask)
     direction = default_inner() if inner is None else inner
     return optax.chain(
         scale_by_dart(

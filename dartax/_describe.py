@@ -12,7 +12,7 @@ from dartax import _check
 from dartax._blocks import PyTree, path_name
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
 from dartax._inspect import _labels, _own_leaves, _states
-from dartax._transform import ScaleByDartState
+from dartax._state import ScaleByDartState
 
 WIDTH = 80
 

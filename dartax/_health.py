@@ -12,7 +12,8 @@ import numpy as np
 
 from dartax import _dart, _paper_dart, dirichlet
 from dartax._inspect import _concentration, _expected, _of_blocks, _share, _std, _used
-from dartax._transform import ScaleByDartState, debias
+from dartax._state import ScaleByDartState
+from dartax._transform import debias
 
 # Within five percent of an end of the rates a block is pinned there.
 NEAR = 0.05

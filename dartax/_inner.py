@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dartax._blocks import LARGEST_ROOT
+
 PyTree = Any
 
 
@@ -52,23 +54,45 @@ def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jax.lax.select(finite, new.astype(old.dtype), old)
 
 
+def widened(tree: PyTree) -> PyTree:
+    """``tree`` with float32 in place of float16, where ``eps`` and small squares would be 0."""
+    is_half = lambda x: jnp.result_type(x) == jnp.float16  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_half(x) else x, tree)
+
+
 def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
-    """``optax.scale_by_adam``, guarded; the state is that of optax."""
+    """``optax.scale_by_adam``, guarded; the state is that of optax, in float32 for float16."""
     inner = optax.scale_by_adam(b1, b2, eps)
+
+    def init_fn(params):
+        return inner.init(widened(params))
 
     def corrections(state: optax.ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
         count = jnp.maximum(state.count, 1).astype(jnp.float32)
         return 1 - b1**count, 1 - b2**count
 
     def update_fn(updates, state, params=None, *, finite=True, **_):
-        _, new = inner.update(updates, state, params)
-        state = jax.tree.map(functools.partial(choose, jnp.asarray(finite)), new, state)
+        gradient = widened(updates)
+        _, new = inner.update(gradient, state, params)
+
+        def moment(new, old, g):
+            # An infinite square would stay for ever; a reduction to skip it would be a pass more.
+            fits = jnp.abs(g) < LARGEST_ROOT
+            return choose(jnp.asarray(finite) & fits, new, old)
+
+        state = optax.ScaleByAdamState(
+            count=choose(jnp.asarray(finite), new.count, state.count),
+            mu=jax.tree.map(moment, new.mu, state.mu, gradient),
+            nu=jax.tree.map(moment, new.nu, state.nu, gradient),
+        )
         c1, c2 = corrections(state)
 
-        def direction(mu, nu):
-            return (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
+        def direction(mu, nu, like):
+            u = (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
+            return u.astype(jnp.float16) if jnp.result_type(like) == jnp.float16 else u
 
-        return jax.tree.map(direction, state.mu, state.nu), state
+        like = updates if params is None else params
+        return jax.tree.map(direction, state.mu, state.nu, like), state
 
     def again(state, params):
         del params
@@ -81,7 +105,7 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
 
         return jax.tree.map(direction, state.mu, state.nu)
 
-    return Guarded.make(inner.init, update_fn, again)
+    return Guarded.make(init_fn, update_fn, again)
 
 
 class GuardState(NamedTuple):

@@ -11,7 +11,7 @@ import optax
 from dartax import dirichlet
 from dartax._allocation import AllocationState, factor_variances, mean_factors, used_factors
 from dartax._blocks import PyTree, path_name
-from dartax._transform import ScaleByDartState, check_version
+from dartax._state import ScaleByDartState, check_version
 
 # From a state to a value for each of its blocks.
 Values = Callable[[ScaleByDartState], jax.Array]
@@ -31,6 +31,11 @@ def _states(opt_state: PyTree) -> list[tuple[str, ScaleByDartState]]:
             # Flax nnx wraps every array in a variable, and [...] reads through it.
             state = _map_arrays(node)
             check_version(state)
+            if jnp.ndim(state.count):
+                raise ValueError(
+                    f"opt_state must be that of one run, got a batch of {list(state.count.shape)}; "
+                    "jax.vmap over the states."
+                )
             found.append(("/".join(labels), state))
     if not found:
         raise ValueError(

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dartax._blocks import LARGEST_ROOT
+
 PyTree = Any
 
 
@@ -33,7 +35,9 @@ def accumulate(
 ) -> jax.Array:
     """z_t = kept * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
     z = kept * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
-    return z.astype(last.dtype)
+    # Of greater ones the inner product with any gradient would be infinite.
+    most = min(LARGEST_ROOT, float(jnp.finfo(last.dtype).max))
+    return jnp.clip(z, -most, most).astype(last.dtype)
 
 
 def after(memory: jax.Array, value: jax.Array) -> jax.Array:

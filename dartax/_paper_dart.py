@@ -129,9 +129,9 @@ def paper_dart(
          ``Gamma(a, 1) = a * Gamma(1, 1)`` holds only for a = 1.
       3. ``h`` is the hypergradient, known one step later; the code averages the parameters'
          gradient instead, and crashes where it does.
-      4. A step with a non-finite gradient, or one so large that its square leaves float32, is
-         skipped: the updates are zero, and the state keeps all but its counters ``count`` and
-         ``skipped``.
+      4. A step with a non-finite gradient, or one so large that its inner product with the last
+         one, or the square of that, leaves float32, is skipped: the updates are zero, and the
+         state keeps all but its counters ``count`` and ``skipped``.
     """
     positive = lambda v: v > 0  # noqa: E731
     _check.number("lr_min", lr_min, "a positive number", positive, "the original's is 1e-6")
@@ -150,6 +150,7 @@ def paper_dart(
     _check.decay("betas[1]", betas[1])
     _check.number("eps", eps, "a positive number", positive, "the original's is 1e-8")
     _check.weight_decay(weight_decay)
+    _check.mask(mask)
     _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
     _check.schedule("learning_rate", learning_rate)
     _check.blocks(blocks, ("tensor",))

@@ -27,44 +27,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dartax import _blocks, _check, _memory, random
-from dartax._blocks import BlockIndex, Blocks, PyTree
+from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 from dartax._inner import Guarded, choose
+from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
 
-VERSION = 4
 # Updates over which a rule sees the user's schedule fall.
 LOOK_AHEAD = 32
 
 Number = jax.Array | float
-
-
-class Draw(NamedTuple):
-    """What learning from a draw needs of it.
-
-    Attributes:
-      share: pi, the point of the simplex, float32 ``[C]``.
-      log_derivative: d log gamma_j / d log concentration_j, float32 ``[C]``.
-    """
-
-    share: jax.Array
-    log_derivative: jax.Array
-
-
-class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the blocks' concentrations.
-
-    Attributes:
-      hyper_mu: First moment, float32 ``[K]``.
-      hyper_nu: Second moment, float32 ``[K]``.
-      hyper_trend: First moment over a longer window, float32 ``[K]``.
-    """
-
-    hyper_mu: jax.Array
-    hyper_nu: jax.Array
-    hyper_trend: jax.Array
 
 
 class Context(NamedTuple):
@@ -100,69 +73,6 @@ class Rule(NamedTuple):
         tuple[jax.Array, Moments, jax.Array],
     ]
     of_log: bool
-
-
-class ScaleByDartState(NamedTuple):
-    """State of :func:`dartax.scale_by_dart`; K blocks, C concentrations, n leaves.
-
-    The structure, shapes and dtypes never change, and no array is shared with the
-    parameters or the arguments. Scalars are float32 unless noted.
-
-    Attributes:
-      version: Layout of this state, int32.
-      count: Number of updates, int32.
-      skipped: Number of updates that were skipped for a non-finite gradient or schedule, int32.
-      key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in.
-        Raw, because serializers do not know typed keys.
-      block_index: Block of every parameter leaf, n uint32 scalars in the order of the leaves.
-      concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
-      moments: Moving averages of its gradient.
-      weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
-      hypergradient: h, the gradient of the last loss with respect to the rates of the steps
-        before it (``paper_dart``) or to their logarithms (``dart``), ``[K]``.
-      last_draw: The last point of the simplex and its derivative.
-      last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
-        first update and for a skipped one.
-      last_multiplier: f_t, the value of the user's schedule at the last update.
-      min_rate: Lower end of the rates at the last update.
-      max_rate: Upper end of the rates at the last update.
-      last_direction: z, the directions (``paper_dart``) or steps (``dart``) that the next
-        gradient is compared with; a tree like the parameters.
-      inner_state: State of the inner transform.
-    """
-
-    version: jax.Array
-    count: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
-    skipped: jax.Array
-    key: jax.Array
-    block_index: BlockIndex
-    concentration: jax.Array
-    moments: Moments
-    weight_rms: jax.Array
-    hypergradient: jax.Array
-    last_draw: Draw
-    last_rates: jax.Array
-    last_multiplier: jax.Array
-    min_rate: jax.Array
-    max_rate: jax.Array
-    last_direction: PyTree
-    inner_state: PyTree
-
-
-def check_version(state: ScaleByDartState) -> None:
-    """Raises if ``state`` was saved by a dartax whose state had another layout.
-
-    A traced state, inside ``jax.jit``, cannot be read and passes.
-    """
-    if isinstance(state.version, jax.core.Tracer):
-        return
-    found = np.unique(np.asarray(state.version))  # vmapped states have several
-    if np.any(found != VERSION):
-        raise ValueError(
-            f"state must have version {VERSION}, got {', '.join(map(str, found))} from another "
-            "dartax; go on with the dartax that saved it, or keep the parameters and call init: "
-            "the rates are learned again within some hundred updates."
-        )
 
 
 def f32(value: Any) -> jax.Array:
@@ -210,6 +120,13 @@ def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> ja
     return jnp.where(later < now, now - later, 0.0)  # also where one of them is NaN
 
 
+def fit(tree: PyTree) -> jax.Array:
+    """Whether the squares of all elements are finite in float32."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    each = [jnp.all(jnp.abs(leaf.astype(jnp.float32)) < LARGEST_ROOT) for leaf in leaves]
+    return jnp.all(jnp.array(each))
+
+
 def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array:
     """``rate * direction`` in the dtype of the direction, or 0; multiplied in float32 at least."""
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
@@ -251,6 +168,21 @@ def scale_by_dirichlet(
         weight = _blocks.spread(state.last_multiplier * spent, state.block_index, direction)
         return _memory.rebuild(direction, weight)
 
+    def remember(state, direction, weight, kept, finite, overflows):
+        """Z with the new steps; as it was where the step is skipped."""
+        new = jax.tree.map(
+            _memory.accumulate,
+            direction,
+            _blocks.spread(weight, state.block_index, direction),
+            state.last_direction,
+            _blocks.spread(f32(horizon) * kept, state.block_index, direction),
+        )
+        old = state.last_direction
+        if not guarded:
+            # Directions of any size: what overflowed now would do so in every step to come.
+            old = jax.tree.map(lambda z: jnp.where(overflows, jnp.zeros_like(z), z), old)
+        return jax.tree.map(functools.partial(choose, finite), new, old)
+
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
         numbers, num_blocks = _blocks.number_blocks(params, blocks)
@@ -259,6 +191,7 @@ def scale_by_dirichlet(
         per_component = lambda: jnp.zeros_like(concentration)  # noqa: E731
         per_block = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
         multiplier = learning_rate(0) if callable(learning_rate) else learning_rate
+        _check.scalar("learning_rate(count)", multiplier, "return a number from the schedule")
         return ScaleByDartState(
             version=jnp.asarray(VERSION, jnp.int32),
             count=jnp.zeros([], jnp.int32),
@@ -287,10 +220,14 @@ def scale_by_dirichlet(
         check_version(state)
         last_steps = past_steps(state, params)
         _blocks.check_updates("updates", updates, last_steps)
+        if params is not None:
+            _blocks.check_updates("params", params, last_steps)
         updates = jax.tree.map(jnp.asarray, updates)
-        gradient = extra_args.get("grad")
+        gradient, value = extra_args.get("grad"), extra_args.get("value")
         if gradient is not None:
             _blocks.check_updates("grad", gradient, last_steps)
+        if value is not None:
+            _check.scalar("value", value, "pass the loss")
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
         # 1. Finish the last gradient: how good were the rates so far? A non-finite gradient
@@ -300,8 +237,8 @@ def scale_by_dirichlet(
         if gradient is not None:
             h = -_blocks.block_dots(gradient, last_steps, index, num_blocks)
             finite &= jnp.all(jnp.isfinite(h))
-        if extra_args.get("value") is not None:
-            finite &= jnp.all(jnp.isfinite(extra_args["value"]))
+        if value is not None:
+            finite &= jnp.isfinite(value)
 
         # 2. Move the concentrations. The first update has no step behind it.
         concentration, moments, kept = rule.learn(
@@ -316,9 +253,16 @@ def scale_by_dirichlet(
             ),
         )
 
+        # Squares that leave float32 would stay in their averages for ever.
+        overflows = finite & ~jnp.all(jnp.isfinite(moments.hyper_nu))
+        finite &= ~overflows
+        if not guarded and jax.tree.leaves(state.inner_state):
+            finite &= fit(updates)
+
         # 3. Draw the rates.
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        draw = draw_shares(jax.random.fold_in(key, state.count), concentration)
+        step_key = jax.random.fold_in(key, state.count)
+        draw = draw_shares(step_key, concentration)
         low, high = f32(min_rate), f32(max_rate)
         rates = low + (high - low) * draw.share[:num_blocks]
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
@@ -332,15 +276,13 @@ def scale_by_dirichlet(
         new_direction = state.last_direction
         if remembers:
             weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
-            new_direction = jax.tree.map(
-                _memory.accumulate,
+            new_direction = remember(
+                state,
                 inner.again(inner_state, params) if guarded else direction,
-                _blocks.spread(weight, index, direction),
-                state.last_direction,
-                _blocks.spread(f32(horizon) * kept, index, direction),
-            )
-            new_direction = jax.tree.map(
-                functools.partial(choose, finite), new_direction, state.last_direction
+                weight,
+                kept,
+                finite,
+                overflows,
             )
         leaf_rates = _blocks.spread(multiplier * rates, index, direction)
         if guarded and inner.reads_params:
@@ -353,7 +295,7 @@ def scale_by_dirichlet(
             version=state.version,
             count=state.count,
             skipped=state.skipped,
-            key=state.key,
+            key=next_key(state, step_key),
             block_index=index,
             concentration=concentration,
             moments=moments,
@@ -373,7 +315,7 @@ def scale_by_dirichlet(
         new_state = jax.tree.map(functools.partial(choose, finite), new_state, kept_state)
         return scaled, new_state._replace(
             count=optax.safe_increment(state.count),
-            skipped=state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32),
+            skipped=choose(finite, state.skipped, optax.safe_increment(state.skipped)),
             last_rates=jnp.where(finite, new_state.last_rates, 0.0),
         )
 

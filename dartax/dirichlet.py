@@ -19,6 +19,21 @@ from jax.scipy.special import digamma, gammaln, xlogy
 from dartax import random
 
 
+def _check_concentration(concentration: jax.Array) -> jax.Array:
+    """``concentration`` as an array; raises unless it is floating and has an axis."""
+    array = jnp.asarray(concentration)
+    if array.ndim == 0:
+        raise ValueError(
+            f"concentration must have shape [..., C], got the scalar {concentration}; "
+            "pass an array of the concentrations."
+        )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"concentration must have a floating dtype, got {array.dtype}; pass floats."
+        )
+    return array
+
+
 def sample(key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] = ()) -> jax.Array:
     """Draws points of the simplex, differentiable with respect to the concentrations.
 
@@ -32,14 +47,21 @@ def sample(key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] 
 
     Returns:
       ``[*shape, ..., C]``, non-negative, summing to 1 over the last axis.
+
+    Raises:
+      ValueError: If ``concentration`` is a scalar.
+      TypeError: If it is not of a floating dtype, or ``shape`` is not a sequence.
     """
-    concentration = jnp.asarray(concentration)
+    concentration = _check_concentration(concentration)
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be a sequence of ints, got {shape}; pass ({shape},).")
     concentration = jnp.broadcast_to(concentration, (*shape, *concentration.shape))
     return jax.nn.softmax(random.loggamma(key, concentration, method="fast"), axis=-1)
 
 
 def log_prob(value: jax.Array, concentration: jax.Array) -> jax.Array:
     """Log density at ``value`` ``[..., C]`` on the simplex; returns ``[...]``."""
+    concentration = _check_concentration(concentration)
     total = jnp.sum(concentration, axis=-1)
     normalizer = gammaln(total) - jnp.sum(gammaln(concentration), axis=-1)
     return normalizer + jnp.sum(xlogy(concentration - 1.0, value), axis=-1)
@@ -47,11 +69,13 @@ def log_prob(value: jax.Array, concentration: jax.Array) -> jax.Array:
 
 def mean(concentration: jax.Array) -> jax.Array:
     """Mean of every component, ``[..., C]``."""
+    concentration = _check_concentration(concentration)
     return concentration / jnp.sum(concentration, axis=-1, keepdims=True)
 
 
 def variance(concentration: jax.Array) -> jax.Array:
     """Variance of every component, ``[..., C]``."""
+    concentration = _check_concentration(concentration)
     total = jnp.sum(concentration, axis=-1, keepdims=True)
     # As ratios: total**3 leaves float32 at a total of 1e13.
     share = concentration / total
@@ -60,6 +84,7 @@ def variance(concentration: jax.Array) -> jax.Array:
 
 def entropy(concentration: jax.Array) -> jax.Array:
     """Differential entropy in nats, ``[...]``."""
+    concentration = _check_concentration(concentration)
     total = jnp.sum(concentration, axis=-1)
     log_beta = jnp.sum(gammaln(concentration), axis=-1) - gammaln(total)
     expected_log = digamma(concentration) - digamma(total)[..., None]
@@ -68,6 +93,7 @@ def entropy(concentration: jax.Array) -> jax.Array:
 
 def kl_divergence(p: jax.Array, q: jax.Array) -> jax.Array:
     """KL(Dirichlet(p) || Dirichlet(q)) in nats from concentrations ``[..., C]``; ``[...]``."""
+    p, q = _check_concentration(p), _check_concentration(q)
     total_p, total_q = jnp.sum(p, axis=-1), jnp.sum(q, axis=-1)
     expected_log = digamma(p) - digamma(total_p)[..., None]
     return (

@@ -1,5 +1,6 @@
 """Every bad argument gets one sentence: the argument, the constraint, the value, the fix."""
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,28 @@ def sentence(error):
         ({"direction_dtype": "foo"}, TypeError, "direction_dtype must be a floating dtype, got 'foo'"),
         ({"direction_dtype": "int32"}, TypeError, "direction_dtype must be a floating dtype, got 'int32'"),
         ({"inner": "adam"}, TypeError, "inner must be an optax.GradientTransformation, got 'adam'"),
+        ({"inner": optax.adam}, TypeError, "inner must be an optax.GradientTransformation, got <function adam"),
+        ({"learning_rate": float("inf")}, ValueError, "learning_rate must be .* got inf"),
+        ({"learning_rate": None}, TypeError, "learning_rate must be .* got None"),
+        ({"learning_rate": 1j}, TypeError, "learning_rate must be .* got 1j"),
+        ({"learning_rate": jnp.asarray(1j)}, TypeError, r"learning_rate must be .* got Array\(0"),
+        ({"learning_rate": jnp.ones(3)}, ValueError, r"learning_rate must be .* got shape \(3,\)"),
+        ({"init_rate": -1e-5}, ValueError, "init_rate must be a positive number, got -1e-05"),
+        ({"init_rate": [1e-5]}, TypeError, r"init_rate must be a positive number, got \[1e-05\]"),
+        ({"max_rate": 0.0}, ValueError, "max_rate must be a positive number, got 0.0"),
+        ({"max_rate": 1e-6}, ValueError, "init_rate must be below max_rate, got init_rate=1e-05 and max_rate=1e-06"),
+        ({"min_rate": NAN}, ValueError, "min_rate must be a non-negative number, got nan"),
+        ({"min_rate": 1e-5}, ValueError, "min_rate must be below init_rate, got min_rate=1e-05"),
+        ({"concentration": 1e5}, ValueError, r"concentration must be a number in \[1e-4, 1e4\], got 100000.0"),
+        ({"concentration": -10}, ValueError, "concentration must be a number in .* got -10"),
+        ({"horizon": None}, TypeError, r"horizon must be a number in \[0, 1\), got None"),
+        ({"horizon": NAN}, ValueError, r"horizon must be a number in \[0, 1\), got nan"),
+        ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a non-negative number, got '0.1'"),
+        ({"mask": 3}, TypeError, "mask must be a tree of bools, .* got the leaf 3; pass e.g."),
+        ({"mask": {"w": "yes"}}, TypeError, "mask must be a tree of bools, .* got the leaf 'yes'"),
+        ({"mask": {"w": 1.0}}, TypeError, "mask must be a tree of bools, .* got the leaf 1.0"),
+        ({"direction_dtype": None}, TypeError, "direction_dtype must be a floating dtype, got None"),
+        ({"direction_dtype": "complex64"}, TypeError, "direction_dtype must be a floating dtype, got 'complex64'"),
     ],
 )  # fmt: skip
 def test_dart_arguments(arguments, error, match):
@@ -70,6 +93,17 @@ def test_dart_arguments(arguments, error, match):
         ({"eta": -0.01}, ValueError, "eta must be a non-negative number, got -0.01"),
         ({"weight_decay": NAN}, ValueError, "weight_decay must be .* got nan"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate must be .* got -1"),
+        ({"lr_min": 0.2}, ValueError, "lr_min must be below lr_max, got lr_min=0.2 and lr_max=0.1"),
+        ({"lr_max": float("inf")}, ValueError, "lr_max must be a positive number, got inf"),
+        ({"lr_max": jnp.ones(2)}, ValueError, r"lr_max must be a positive number, got shape \(2,\)"),
+        ({"alpha": 11.0}, ValueError, r"alpha must be a number in \[0.1, 10\], got 11.0"),
+        ({"betas": (0.9, 0.9, 0.9)}, TypeError, r"betas must be a pair of numbers, got \(0.9, 0.9, 0.9\)"),
+        ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number in \[0, 1\), got 'a'"),
+        ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be a number in \[0, 1\), got -0.1"),
+        ({"eps": NAN}, ValueError, "eps must be a positive number, got nan"),
+        ({"eta": None}, TypeError, "eta must be a non-negative number, got None"),
+        ({"eta": NAN}, ValueError, "eta must be a non-negative number, got nan"),
+        ({"mask": "w"}, TypeError, "mask must be a tree of bools, .* got the leaf 'w'"),
     ],
 )  # fmt: skip
 def test_paper_dart_arguments(arguments, error, match):
@@ -87,6 +121,11 @@ def test_paper_dart_arguments(arguments, error, match):
         ({"n": jnp.arange(3)}, TypeError, "params must have real floating dtypes, got int32 at 'n'"),
         ({"n": 3}, TypeError, "params must have real floating dtypes, got int32 at 'n'"),
         ({"n": "x"}, TypeError, "params must be arrays, got 'x' at 'n'"),
+        ({"m": True}, TypeError, "params must have real floating dtypes, got bool at 'm'; leave it"),
+        ({"k": jax.random.key(0)}, TypeError, "params must have real floating dtypes, got key<fry> at 'k'; leave it"),
+        (jnp.ones(3, jnp.uint8), TypeError, "params must have real floating dtypes, got uint8 at ''"),
+        ([jnp.ones(1), jnp.sin], TypeError, "params must be arrays, got .* at '1'; take it out"),
+        (object(), TypeError, "params must be arrays, got <object object .* at ''"),
         ({"z": jnp.ones(2, jnp.complex64)}, TypeError, "got complex64 at 'z'; .*split_real_and_imaginary"),
     ],
 )  # fmt: skip
@@ -118,6 +157,48 @@ def test_gradients_of_another_structure_or_shape(make):
     sentence(caught)
 
 
+@pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart, dartax.paper_dart])
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"updates": None}, ValueError, r"updates must have the tree structure .* missing \['b', 'w'\]"),
+        ({"updates": {"w": "x", "b": jnp.ones(3)}}, ValueError, r"updates must have the shapes .* got \(\) instead of \(2, 3\) at 'w'"),
+        ({"updates": {"w": 1j * jnp.ones((2, 3)), "b": jnp.ones(3)}}, TypeError, "updates must be real, got complex64 at 'w'; take"),
+        ({"grad": {"w": 1j * jnp.ones((2, 3)), "b": jnp.ones(3)}}, TypeError, "grad must be real, got complex64 at 'w'; take"),
+        ({"grad": 3}, ValueError, r"grad must have the tree structure .* unknown \[''\]; pass the same"),
+        ({"params": {"w": jnp.ones((2, 3))}}, ValueError, r"params must have the tree structure .* missing \['b'\]"),
+        ({"params": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}}, ValueError, r"params must have the shapes .* got \(3, 2\)"),
+        ({"value": "low"}, TypeError, "value must be a real scalar, got 'low'; pass the loss"),
+        ({"value": jnp.ones(3)}, TypeError, r"value must be a real scalar, got float32 of shape \[3\]; pass the loss"),
+        ({"value": jnp.asarray(1j)}, TypeError, r"value must be a real scalar, got complex64 of shape \[\]; pass the loss"),
+    ],
+)  # fmt: skip
+def test_update_arguments(make, arguments, error, match):
+    optimizer = make()
+    state = optimizer.init(PARAMS)
+    with pytest.raises(error, match=match) as caught:
+        optimizer.update(**{"updates": PARAMS, "state": state, "params": PARAMS, **arguments})
+    sentence(caught)
+
+
+@pytest.mark.parametrize("make", [dartax.dart, dartax.paper_dart])
+@pytest.mark.parametrize(
+    ("returned", "match"),
+    [
+        (None, "got None"),
+        ("1", "got '1'"),
+        (jnp.ones(2), r"got float32 of shape \[2\]"),
+        (jnp.asarray(1j), r"got complex64 of shape \[\]"),
+    ],
+)
+def test_what_a_schedule_returns(make, returned, match):
+    optimizer = make(learning_rate=lambda count: returned)
+    match = rf"learning_rate\(count\) must be a real scalar, {match}; return a number"
+    with pytest.raises(TypeError, match=match) as caught:
+        optimizer.init(PARAMS)
+    sentence(caught)
+
+
 def test_blocks():
     with pytest.raises(ValueError, match="blocks must be a pytree of labels") as caught:
         dartax.dart(blocks={"other": "x"}).init(PARAMS)
@@ -125,11 +206,24 @@ def test_blocks():
     with pytest.raises(TypeError, match="blocks must give hashable labels") as caught:
         dartax.dart(blocks=lambda path: [path]).init(PARAMS)
     sentence(caught)
+    for labels in (["a"], {"w": None, "b": 1}, {"w": 1, "b": 2, "c": 3}):
+        with pytest.raises(ValueError, match="blocks must be a pytree of labels .* got") as caught:
+            dartax.dart(blocks=labels).init(PARAMS)
+        sentence(caught)
+    with pytest.raises(
+        TypeError, match=r"blocks must give hashable labels, got \[1, array"
+    ) as caught:
+        dartax.dart(blocks={"w": np.ones(2), "b": 1}).init(PARAMS)
+    sentence(caught)
 
 
 def test_state_of_another_kind():
     optimizer = dartax.scale_by_dart()
-    for state in (None, optax.adam(1e-3).init(PARAMS), vars):
+    saved = flax.serialization.to_state_dict(optimizer.init(PARAMS))
+    plain = tuple(optimizer.init(PARAMS))
+    # What a chain holds is not what its member holds.
+    of_chain = dartax.dart().init(PARAMS)
+    for state in (None, optax.adam(1e-3).init(PARAMS), vars, saved, plain, of_chain):
         with pytest.raises(TypeError, match="state must be a ScaleByDartState, got") as caught:
             optimizer.update(PARAMS, state, PARAMS)
         sentence(caught)
@@ -147,10 +241,66 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 3, got 1 .* call init"
+            ValueError, match="state must have version 4, got 1 .* call init"
         ) as error:
             call()
         sentence(error)
+
+
+READERS = [
+    dartax.learning_rates,
+    dartax.expected_learning_rates,
+    dartax.learning_rate_std,
+    dartax.concentrations,
+    dartax.describe,
+    lambda state, params: dartax.metrics(state),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_readers(read):
+    for state, found in ((None, "NoneType"), (PARAMS, "dict"), (optax.EmptyState(), "EmptyState")):
+        match = f"opt_state must hold the state of a DART transform, got {found} without one"
+        with pytest.raises(ValueError, match=match) as caught:
+            read(state, PARAMS)
+        sentence(caught)
+    batch = jax.vmap(dartax.dart().init)(jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS))
+    with pytest.raises(ValueError, match=r"opt_state must be .* got a batch of \[2\]") as caught:
+        read(batch, PARAMS)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("read", READERS[:-1])
+def test_readers_of_another_tree(read):
+    state = dartax.dart().init(PARAMS)
+    for params, number in ((None, 0), ({"w": PARAMS["w"]}, 1), ([1, 2, 3], 3)):
+        match = f"params must be the tree that init was given, with 2 leaves, got {number}; pass"
+        with pytest.raises(ValueError, match=match) as caught:
+            read(state, params)
+        sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda d: d.sample(0, 1.0), ValueError, r"concentration must have shape \[..., C\], got the scalar 1.0"),
+        (lambda d: d.mean(1.0), ValueError, "concentration must have shape .* got the scalar 1.0"),
+        (lambda d: d.variance(2.0), ValueError, "concentration must have shape .* got the scalar 2.0"),
+        (lambda d: d.entropy(3.0), ValueError, "concentration must have shape .* got the scalar 3.0"),
+        (lambda d: d.log_prob(0.5, 4.0), ValueError, "concentration must have shape .* got the scalar 4.0"),
+        (lambda d: d.kl_divergence(jnp.ones(2), 5.0), ValueError, "concentration must have shape .* got the scalar 5.0"),
+        (lambda d: d.sample(0, jnp.ones(3, int)), TypeError, "concentration must have a floating dtype, got int32; pass floats"),
+        (lambda d: d.entropy(jnp.ones(3, int)), TypeError, "concentration must have a floating dtype, got int32"),
+        (lambda d: d.mean(jnp.ones(3, bool)), TypeError, "concentration must have a floating dtype, got bool"),
+        (lambda d: d.sample(0, jnp.ones(3), 4), TypeError, r"shape must be a sequence of ints, got 4; pass \(4,\)"),
+        (lambda d: d.sample("x", jnp.ones(3)), TypeError, "key must be an int or a JAX key, got 'x'"),
+        (lambda d: d.sample(-1, jnp.ones(3)), ValueError, r"key must be an int in \[0, 2\*\*32\), got -1"),
+    ],
+)  # fmt: skip
+def test_dirichlet(call, error, match):
+    with pytest.raises(error, match=match) as caught:
+        call(dartax.dirichlet)
+    sentence(caught)
 
 
 def test_describe_inside_jit():
@@ -168,6 +318,17 @@ def test_init_rate_above_the_share_of_a_block():
     sentence(caught)
 
 
+@pytest.mark.parametrize(
+    "rates", [{"init_rate": 1e-44}, {"init_rate": 1e-5 * (1 + 1e-12), "min_rate": 1e-5}]
+)
+def test_init_rate_beside_min_rate_in_float32(rates):
+    with pytest.raises(
+        ValueError, match="init_rate must be at least .* above min_rate, .* got init_rate"
+    ) as caught:
+        dartax.dart(**rates).init(PARAMS)
+    sentence(caught)
+
+
 def test_keys():
     keys = (
         (-1, ValueError),
@@ -176,6 +337,11 @@ def test_keys():
         (0.5, TypeError),
         ("k", TypeError),
         (np.array("k"), TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (jnp.zeros(3, jnp.uint32), ValueError),
+        (jnp.zeros(2), ValueError),
+        (jax.random.split(jax.random.key(0), 3), ValueError),
     )
     for key, error in keys:
         with pytest.raises(error, match="key must be") as caught:

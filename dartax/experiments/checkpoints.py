@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from dartax._transform import VERSION
+from dartax._state import VERSION
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 

@@ -16,7 +16,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs ``dartax train``, ``compare``, ``bench``, ``plot`` or ``report``.
+    """Runs ``dartax train``, ``compare``, ``bench``, ``soak``, ``plot`` or ``report``.
 
     Returns:
       The exit status: 0, 2 for a mistake of the caller's, 1 for a machine that failed (a disk, a
@@ -69,6 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     bench_parser.add_argument("--rounds", type=int, default=10, help="turns of every optimizer")
     bench_parser.add_argument("--draws", type=int, default=10**6, help="gamma draws to time")
     bench_parser.add_argument("--workdir", default="runs/bench", help="folder of the results")
+    soak_parser = commands.add_parser(
+        "soak",
+        help="look for drift in the state over a million steps",
+        description="Trains a small network for very long, with faults, and records every number "
+        "of the optimizer's state.",
+    )
+    soak_parser.add_argument("--steps", type=int, default=1_000_000, help="of every optimizer")
+    soak_parser.add_argument("--workdir", default="runs/soak", help="folder of the results")
     plot_parser = commands.add_parser("plot", help="draw all pictures of a run")
     plot_parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     report_parser = commands.add_parser("report", help="make one page of a run: RUN/report.html")
@@ -192,12 +200,22 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _soak(arguments: argparse.Namespace) -> int:
+    """``dartax soak``."""
+    from dartax.experiments import soak
+
+    print(soak.table(soak.run(arguments.steps, arguments.workdir)))
+    print(Path(arguments.workdir) / "soak.png")
+    return 0
+
+
 _COMMANDS = {
     "train": _train,
     "compare": _compare,
     "bench": _bench,
     "plot": _plot,
     "report": _report,
+    "soak": _soak,
 }
 
 

@@ -1,0 +1,112 @@
+"""What the transforms keep between two updates."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dartax._blocks import BlockIndex, PyTree
+
+# Layout of the state below.
+VERSION = 4
+
+
+class Draw(NamedTuple):
+    """What learning from a draw needs of it.
+
+    Attributes:
+      share: pi, the point of the simplex, float32 ``[C]``.
+      log_derivative: d log gamma_j / d log concentration_j, float32 ``[C]``.
+    """
+
+    share: jax.Array
+    log_derivative: jax.Array
+
+
+class Moments(NamedTuple):
+    """Moving averages of the gradient with respect to the blocks' concentrations.
+
+    Attributes:
+      hyper_mu: First moment, float32 ``[K]``.
+      hyper_nu: Second moment, float32 ``[K]``.
+      hyper_trend: First moment over a longer window, float32 ``[K]``.
+    """
+
+    hyper_mu: jax.Array
+    hyper_nu: jax.Array
+    hyper_trend: jax.Array
+
+
+class ScaleByDartState(NamedTuple):
+    """State of :func:`dartax.scale_by_dart`; K blocks, C concentrations, n leaves.
+
+    The structure, shapes and dtypes never change, and no array is shared with the
+    parameters or the arguments. Scalars are float32 unless noted.
+
+    Attributes:
+      version: Layout of this state, int32.
+      count: Number of updates, int32.
+      skipped: Number of updates that were skipped for a non-finite gradient, hypergradient, loss or
+        schedule, int32.
+      key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in, and
+        takes the key's place once ``count`` has come to its end, 2**31 - 1.
+        Raw, because serializers do not know typed keys.
+      block_index: Block of every parameter leaf, n uint32 scalars in the order of the leaves.
+      concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
+      moments: Moving averages of its gradient.
+      weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
+      hypergradient: h, the gradient of the last loss with respect to the rates of the steps
+        before it (``paper_dart``) or to their logarithms (``dart``), ``[K]``.
+      last_draw: The last point of the simplex and its derivative.
+      last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
+        first update and for a skipped one.
+      last_multiplier: f_t, the value of the user's schedule at the last update.
+      min_rate: Lower end of the rates at the last update.
+      max_rate: Upper end of the rates at the last update.
+      last_direction: z, the directions (``paper_dart``) or steps (``dart``) that the next
+        gradient is compared with; a tree like the parameters.
+      inner_state: State of the inner transform.
+    """
+
+    version: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
+    skipped: jax.Array
+    key: jax.Array
+    block_index: BlockIndex
+    concentration: jax.Array
+    moments: Moments
+    weight_rms: jax.Array
+    hypergradient: jax.Array
+    last_draw: Draw
+    last_rates: jax.Array
+    last_multiplier: jax.Array
+    min_rate: jax.Array
+    max_rate: jax.Array
+    last_direction: PyTree
+    inner_state: PyTree
+
+
+def check_version(state: ScaleByDartState) -> None:
+    """Raises if ``state`` was saved by a dartax whose state had another layout.
+
+    A traced state, inside ``jax.jit``, cannot be read and passes.
+    """
+    if isinstance(state.version, jax.core.Tracer):
+        return
+    found = np.unique(np.asarray(state.version))  # vmapped states have several
+    if np.any(found != VERSION):
+        raise ValueError(
+            f"state must have version {VERSION}, got {', '.join(map(str, found))} from another "
+            "dartax; go on with the dartax that saved it, or keep the parameters and call init: "
+            "the rates are learned again within some hundred updates."
+        )
+
+
+def next_key(state: ScaleByDartState, step_key: jax.Array) -> jax.Array:
+    """The key as it is, or where the count has come to its end that of the last draw.
+
+    The count stands still there, and would give one draw for ever.
+    """
+    ended = state.count == jnp.iinfo(state.count.dtype).max
+    return jnp.where(ended, jax.random.key_data(step_key), state.key)
