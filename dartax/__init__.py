@@ -3,6 +3,7 @@
 from dartax import dirichlet, random
 from dartax._dart import dart, scale_by_dart
 from dartax._describe import describe
+from dartax._distill import distill_schedule, scale_by_learning_rates
 from dartax._inspect import (
     concentrations,
     expected_learning_rates,
@@ -19,6 +20,7 @@ __all__ = [
     "dart",
     "describe",
     "dirichlet",
+    "distill_schedule",
     "expected_learning_rates",
     "learning_rate_std",
     "learning_rates",
@@ -26,4 +28,5 @@ __all__ = [
     "paper_dart",
     "random",
     "scale_by_dart",
+    "scale_by_learning_rates",
 ]

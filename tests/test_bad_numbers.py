@@ -181,7 +181,7 @@ def test_zero_gradients_move_nothing(name):
         dartax.concentrations(fresh, params),
         dartax.concentrations(optimizer.init(params), params),
     )
-    assert "no gradient" in dartax.describe(fresh, params)
+    assert "no signal" in dartax.describe(fresh, params)
     # After a start the averages run out, and then the rates stand still.
     still = wait(wait(fresh, ones, 50), zeros, 12_000)
     later = wait(still, zeros, 1000)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import dartax
 from dartax import plot
-from dartax.plot._history import load
+from dartax._history import load
 from dartax.plot._laws import _allocations, _cumulative
 from dartax.plot._theme import MANY, spread_out
 

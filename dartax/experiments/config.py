@@ -113,6 +113,8 @@ class Config:
     """Devices that share a batch and, if given, those that share each parameter; [] takes all."""
     log_steps: int = 20
     """Steps per row of metrics.csv; an epoch's last row may cover fewer."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the rows go beside metrics.csv: nowhere, to TensorBoard, to Weights & Biases."""
     checkpoint_seconds: float = 5.0
     """Least time between checkpoints, which are taken where metrics.csv has a row."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

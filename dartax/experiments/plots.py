@@ -7,9 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dartax import plot
+from dartax._history import load
 from dartax.experiments.config import ConfigError
 from dartax.experiments.run_folder import read_metrics
-from dartax.plot._history import load
 from dartax.plot._theme import FEW, finish, new_figure, theme
 
 Columns = dict[str, np.ndarray]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from dartax._history import load
 from dartax.experiments import plots
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 from dartax.experiments.plots import Columns
-from dartax.plot._history import load
 
 CAPTIONS = {
     "loss": (

@@ -15,13 +15,13 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dartax._history import read_rows
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
-from dartax.plot._history import read_rows
 
 # What summary.json must say of the end of the run.
 SUMMARY_FIGURES = ("test_loss", "test_accuracy", "train_loss", "steps", "epochs", "wall_s")
@@ -108,7 +108,7 @@ def _step(line: str) -> float:
 class MetricsFile:
     """``metrics.csv``: a header, then a row per logging interval, flushed as it is written."""
 
-    def __init__(self, path: Path | None, columns: list[str], last_step: int):
+    def __init__(self, path: Path | None, columns: Sequence[str], last_step: int):
         """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run.
 
         Without a path the rows go nowhere: of several processes only one writes.

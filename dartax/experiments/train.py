@@ -14,14 +14,13 @@ from tqdm import tqdm
 
 import dartax
 from dartax.experiments import config as config_lib
-from dartax.experiments import data, devices, optimizers, plots
+from dartax.experiments import data, devices, logs, optimizers, plots
 from dartax.experiments.checkpoints import Checkpoints
 from dartax.experiments.config import Config, ConfigError
 from dartax.experiments.files import write_whole
 from dartax.experiments.models import MLP
 from dartax.experiments.run_folder import (
     SUMMARY_FIGURES,
-    MetricsFile,
     git_commit,
     held,
     make_folder,
@@ -144,6 +143,7 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
       OSError: If the run folder cannot be read or written; the run can be resumed.
       KeyboardInterrupt: After Ctrl-C or SIGTERM, with its number, once a checkpoint is saved.
     """
+    logs.check_installed(config.log)
     workdir = Path(config.workdir)
     dataset = data.load(config.dataset)
     steps_per_epoch = len(dataset.train_x) // config.batch_size
@@ -212,7 +212,7 @@ def _train(
     state = devices.from_host(saved, shardings) if step else first_state()
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
     with devices.together():
-        metrics = MetricsFile(workdir / "metrics.csv" if writes else None, columns, last_step=step)
+        metrics = logs.open_writer(config, workdir if writes else None, columns, last_step=step)
     rows = read_metrics(workdir / "metrics.csv")
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
@@ -289,7 +289,8 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         changed = [
             f"{name} {getattr(there, name)!r} there, {getattr(config, name)!r} here"
             for name in Config.__dataclass_fields__
-            if getattr(there, name) != getattr(config, name) and name not in ("workdir", "mesh")
+            if getattr(there, name) != getattr(config, name)
+            and name not in ("workdir", "mesh", "log")
         ]
         if changed:
             raise ConfigError(

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dartax.plot._history import Names, Steps, load
+from dartax._history import Names, Steps, load
 from dartax.plot._theme import (
     MANY,
     WIDTH,

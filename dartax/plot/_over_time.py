@@ -8,7 +8,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from dartax._describe import shorten
-from dartax.plot._history import History, Names, load
+from dartax._history import History, Names, load
 from dartax.plot._theme import (
     FEW,
     MANY,

@@ -1,0 +1,151 @@
+"""Learned rates as plain schedules, for a later run without DART.
+
+The mean rates that a run recorded, of every block over its steps, need no hypergradient and no
+draw: any optax optimizer can be given them.
+"""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dartax._blocks import PyTree, path_name
+from dartax._history import load
+
+
+def distill_schedule(run: Any) -> dict[str, optax.Schedule]:
+    """Turns the rates that a run learned into an optax schedule for every leaf.
+
+    Between the recorded steps the logarithm of the rate is interpolated linearly (the rate itself
+    next to a rate of 0); beyond the first and the last one the rate stays what it is there.
+
+    Args:
+      run: What was recorded of a run, in any form that :mod:`dartax.plot` takes: a sequence of
+        ``dartax.metrics(opt_state, params)``, a mapping of columns, or the path of a run folder.
+        Read are ``step`` and ``expected_rate/PATH``, with ``dart/`` in front or not. A missing
+        rate (``None`` or NaN) is left out.
+
+    Returns:
+      A schedule for every PATH, such as ``"Dense_0/kernel"``: a function of the number of updates
+      before the present one, as optax counts, safe inside ``jax.jit``. The user's schedule of the
+      recorded run is part of the rates. For :func:`scale_by_learning_rates`.
+
+    Raises:
+      ValueError: If no rates were recorded, or the steps do not increase.
+      TypeError: If ``run`` is of another kind.
+
+    Examples:
+      Adam with the rates that DART learned:
+
+      >>> import dartax, jax, jax.numpy as jnp, optax
+      >>> def loss(params):  # a flat and a steep direction
+      ...     return 0.05 * jnp.sum(params["flat"] ** 2) + 4 * jnp.sum(params["steep"] ** 2)
+      >>> metrics = jax.jit(dartax.metrics)
+      >>> def train(optimizer, run=None, steps=300):
+      ...     params = {"flat": jnp.ones(3), "steep": jnp.ones(3)}
+      ...     state, update = optimizer.init(params), jax.jit(optimizer.update)
+      ...     grad = jax.jit(jax.grad(loss))
+      ...     for step in range(1, steps + 1):
+      ...         updates, state = update(grad(params), state, params)
+      ...         params = optax.apply_updates(params, updates)
+      ...         if run is not None and step % 10 == 0:
+      ...             run.append(metrics(state, params))
+      ...     return params
+      >>> run = []
+      >>> _ = train(dartax.dart(optax.linear_schedule(1.0, 0.0, 300)), run)
+      >>> schedules = dartax.distill_schedule(run)
+      >>> sorted(schedules)
+      ['flat', 'steep']
+      >>> adam = optax.scale_by_adam(b2=0.99)  # the directions inside dart
+      >>> params = train(optax.chain(adam, dartax.scale_by_learning_rates(schedules)))
+      >>> bool(loss(params) < 1e-5)
+      True
+    """
+    history = load(run)
+    for before, after in itertools.pairwise(history.step):
+        if not before < after:
+            raise ValueError(
+                f"run must have increasing steps, got {after:g} after {before:g}; pass one run, "
+                "in the order in which it was recorded."
+            )
+    schedules: dict[str, optax.Schedule] = {}
+    for paths, rates in zip(history.paths, history["expected_rate"].T, strict=True):
+        known = np.isfinite(rates)
+        if known.any():
+            schedule = _interpolation(history.step[known], rates[known])
+            schedules |= dict.fromkeys(paths, schedule)
+    return schedules
+
+
+def _interpolation(steps: np.ndarray, rates: np.ndarray) -> optax.Schedule:
+    """The schedule through ``rates``; those of row i were used by update number ``steps[i]``."""
+    positive = rates > 0
+    log_rates = np.log(np.where(positive, rates, 1.0))
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        # The first update has number 1, and a count of 0 before it.
+        number = jnp.asarray(count, jnp.float32) + 1
+
+        def interpolate(values: np.ndarray) -> jax.Array:
+            return jnp.interp(number, *(jnp.asarray(x, jnp.float32) for x in (steps, values)))
+
+        if positive.all():
+            return jnp.exp(interpolate(log_rates))
+        beside_zero = interpolate(positive) < 1
+        return jnp.where(beside_zero, interpolate(rates), jnp.exp(interpolate(log_rates)))
+
+    return schedule
+
+
+def scale_by_learning_rates(
+    schedules: Mapping[str, optax.Schedule],
+) -> optax.GradientTransformation:
+    """Multiplies the direction of every leaf by minus its own rate.
+
+    It is ``optax.scale_by_learning_rate`` with a rate for every leaf. Weight decay in proportion
+    to the rates, as ``dartax.dart`` has it, stands before it in the chain::
+
+        optax.chain(
+            optax.scale_by_adam(b2=0.99),
+            optax.add_decayed_weights(0.1),
+            dartax.scale_by_learning_rates(schedules),
+        )
+
+    Args:
+      schedules: An optax schedule for the path of every leaf, such as ``"Dense_0/kernel"``; from
+        :func:`distill_schedule`.
+
+    Returns:
+      An ``optax.GradientTransformation`` whose state is an ``optax.ScaleByScheduleState``.
+
+    Raises:
+      ValueError: By ``init``, if a leaf has no schedule.
+    """
+
+    def init_fn(params: PyTree) -> optax.ScaleByScheduleState:
+        for path, _ in jax.tree_util.tree_leaves_with_path(params):
+            if path_name(path) not in schedules:
+                raise ValueError(
+                    "schedules must have one for every leaf of the parameters, got none for "
+                    f"'{path_name(path)}'; add it, or leave the leaf to another transform with "
+                    "optax.masked."
+                )
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(
+        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        del params
+
+        def scale(path, update):
+            rate = schedules[path_name(path)](state.count)
+            return -jnp.asarray(rate, update.dtype) * update
+
+        updates = jax.tree_util.tree_map_with_path(scale, updates)
+        return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init_fn, update_fn)
