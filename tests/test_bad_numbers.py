@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import dartax
+from dartax.experiments import tasks
 
 STEPS = 600
 CURVATURE = {"flat": 0.05, "one": 1.0, "steep": 4.0}
@@ -337,3 +338,34 @@ def test_skipped_ends_where_int32_ends():
     bad = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
     _, state = jax.jit(optimizer.update)(bad, state, params)
     assert dartax.metrics(state)["dart/skipped"] == end
+
+
+@pytest.mark.parametrize("inner", [None, optax.identity()], ids=["adam", "sgd"])
+def test_a_first_rate_far_too_high_shows(inner):
+    """A network is not mended by smaller steps after its first ones: the table has to say it."""
+    task = tasks.build(tasks.TaskConfig("digits", steps=100, batch_size=64, layers=(32, 32)))
+    batches = task.batches(jax.random.key(1))
+    params = task.init(jax.random.key(0))
+
+    def run(init_rate):
+        optimizer = dartax.dart(inner=inner, init_rate=init_rate, max_rate=100.0)
+
+        def step(carry, batch):
+            params, state = carry
+            loss, grads = jax.value_and_grad(task.train_loss)(params, task.data, batch)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), loss
+
+        start = (params, optimizer.init(params))
+        (after, state), losses = jax.jit(lambda c: jax.lax.scan(step, c, batches))(start)
+        rows = dartax.describe(state, after).splitlines()[3:]
+        return losses, int(state[0].skipped), [row.split("  ")[-1].strip() for row in rows]
+
+    trouble = {"no signal", "pinned at max"}
+    losses, skipped, words = run(1e-5)
+    assert losses[-1] < losses[0]
+    assert skipped == 0
+    assert not trouble & set(words)
+    losses, skipped, words = run(10.0)
+    assert not losses[-1] < 0.9 * losses[0]
+    assert skipped > 50 or sum(word in trouble for word in words) > len(words) / 2
