@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import serialization
+import orbax.checkpoint as ocp
 
 
 def rows_of(workdir):
@@ -18,15 +18,29 @@ def rows_of(workdir):
 
 
 def steps_of(workdir):
-    """The steps of the checkpoints, ascending."""
-    return sorted(int(path.stem) for path in Path(workdir, "checkpoints").glob("*.msgpack"))
+    """The steps of the checkpoints that are finished, ascending."""
+    manifests = Path(workdir, "checkpoints").glob("step_*/manifest.json")
+    steps = [path.parent.name.removeprefix("step_") for path in manifests]
+    return sorted(int(step) for step in steps if step.isdecimal())
+
+
+def saved_tree(workdir, step):
+    """The arrays of a checkpoint in dictionaries and lists, on one device."""
+    path = Path(workdir, f"checkpoints/step_{step}/arrays").absolute()
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(path)
+        template = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            getattr(metadata, "item_metadata", metadata),
+        )
+        return checkpointer.restore(path, template)
 
 
 def final_state(workdir):
     """The step and the arrays of the last checkpoint."""
     step = steps_of(workdir)[-1]
-    raw = (Path(workdir) / "checkpoints" / f"{step}.msgpack").read_bytes()
-    return step, jax.tree.leaves(serialization.msgpack_restore(raw[32:])["state"])
+    return step, jax.tree.leaves(saved_tree(workdir, step))
 
 
 def assert_same_run(first, second):

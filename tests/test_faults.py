@@ -26,7 +26,6 @@ array of the last checkpoint. Twenty kills in place of two: ``DARTAX_KILLS=20``.
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import pickle
 import random
@@ -42,10 +41,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.datasets
-from flax import serialization
-from run_folders import assert_same_run, steps_of
+from run_folders import assert_same_run, saved_tree, steps_of
 
-from dartax.experiments import checkpoints, cli, data, plots, run_folder
+from dartax.experiments import checkpoints, cli, data, manifest, plots, run_folder
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ModelConfig, OptimizerConfig
 from dartax.experiments.run_folder import read_metrics
@@ -61,7 +59,7 @@ TINY = Config(
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
     """They take longer than all else; test_experiments.py looks at them."""
-    monkeypatch.setattr(plots, "draw", lambda _: [])
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
 
 
 @pytest.fixture
@@ -76,6 +74,7 @@ def dartax(capsys):
             status = stopped.code
         said = capsys.readouterr().err
         assert "Traceback" not in said
+        assert "ERROR:" not in said
         return status, [line for line in said.splitlines() if line.startswith("dartax: ")]
 
     return run
@@ -86,7 +85,7 @@ def runs(tmp_path_factory):
     """``whole``, an unbroken run, and ``stopped``, one stopped at step 42, mid-epoch."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "draw", lambda _: [])
+        patch.setattr(plots, "draw", lambda *_: [])
         train_and_evaluate(dataclasses.replace(TINY, workdir=str(folder / "whole")), progress=False)
         stopped = dataclasses.replace(TINY, workdir=str(folder / "stopped"))
         with signal_at_step(42, signal.SIGTERM), pytest.raises(KeyboardInterrupt):
@@ -160,7 +159,7 @@ def test_a_run_killed_at_random_ends_where_an_unbroken_one_ends(dartax, capsys):
             with capsys.disabled():
                 step, writing = (
                     int(read_metrics(metrics)[-1]["step"]),
-                    any(Path("killed").rglob("*.part")),
+                    len(steps_of("killed")) < len(list(Path("killed/checkpoints").iterdir())),
                 )
                 print(f"killed after step {step}{', while writing a checkpoint' * writing}")
     assert dartax("train", "killed.toml") == (0, [])
@@ -177,20 +176,26 @@ def test_a_kill_at_any_step_of_writing_leaves_a_run_that_ends_the_same(monkeypat
     opened = Path.open
 
     def leave():
-        files = {}
+        found = {}
         for path in Path("run").rglob("*"):
+            found[path.relative_to("run")] = None
             if path.is_file():
                 with opened(path, "rb") as file:
-                    files[path.relative_to("run")] = file.read()
-        left[str(sorted(files.items()))] = files
+                    found[path.relative_to("run")] = file.read()
+        left[str(sorted(found.items()))] = found
 
     def before(function):
-        return lambda *arguments, **options: (leave(), function(*arguments, **options))[1]
+        def called(*arguments, **options):
+            with contextlib.suppress(FileNotFoundError):  # Orbax, in its threads, moves them
+                leave()
+            return function(*arguments, **options)
+
+        return called
 
     with monkeypatch.context() as patch:
         for owner, names in (
             (Path, ("mkdir", "open", "replace", "unlink")),
-            (os, ("fsync",)),
+            (os, ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")),
             (run_folder.MetricsFile, ("write",)),
         ):
             for name in names:
@@ -198,11 +203,14 @@ def test_a_kill_at_any_step_of_writing_leaves_a_run_that_ends_the_same(monkeypat
         train_and_evaluate(dataclasses.replace(config, workdir="run"), progress=False)
 
     assert len(left) > 15
-    for number, files in enumerate(left.values()):
+    for number, found in enumerate(left.values()):
         workdir = tmp_path / str(number)
-        for name, raw in files.items():
-            (workdir / name).parent.mkdir(parents=True, exist_ok=True)
-            (workdir / name).write_bytes(raw)
+        workdir.mkdir()
+        for name, raw in sorted(found.items()):
+            if raw is None:
+                (workdir / name).mkdir()
+            else:
+                (workdir / name).write_bytes(raw)
         train_and_evaluate(dataclasses.replace(config, workdir=str(workdir)), progress=False)
         assert_same_run(workdir, "run")
         assert not list(workdir.rglob("*.part"))
@@ -259,13 +267,16 @@ def no_file_beyond(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints/42.msgpack"])
-def test_a_disk_that_is_full_in_the_middle_of_a_file(name, dartax, stopped, runs):
+# Where TensorStore fails, its threads find the event loop of Orbax closed; nothing can be told them.
+told_too_late = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+# A row of metrics.csv is cut, or one of the files of a checkpoint: those of the arrays, the metadata.
+@told_too_late
+@pytest.mark.parametrize("room", [20, 1000, 2000, 6000])
+def test_a_disk_that_is_full_in_the_middle_of_a_file(room, dartax, stopped, runs):
     rows = (stopped / "metrics.csv").stat().st_size
-    with (
-        no_file_beyond(rows + 20 if name == "metrics.csv" else rows + 2000) as fill,
-        at_step(44, fill),
-    ):
+    with no_file_beyond(rows + room) as fill, at_step(44, fill):
         status, said = dartax("train", "a.toml")
     assert status == 1
     assert said == [
@@ -273,8 +284,10 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(name, dartax, stopped, runs
         "mend that, and the same command resumes the run: dartax train a.toml"
     ]
     assert not list(stopped.rglob("*.part"))
-    if name == "metrics.csv":
-        assert not (stopped / name).read_bytes().endswith(b"\n"), "a row was cut"
+    assert steps_of(stopped) == [32, 42]
+    assert len(list((stopped / "checkpoints").iterdir())) == 2
+    row_is_whole = (stopped / "metrics.csv").read_bytes().endswith(b"\n")
+    assert row_is_whole == (room > 20)
     # Still full: the same again, and nothing is lost.
     before = content(stopped)
     with no_file_beyond(200) as fill:
@@ -285,6 +298,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(name, dartax, stopped, runs
     assert_same_run(stopped, runs / "whole")
 
 
+@told_too_late
 def test_a_file_system_that_is_full(dartax, stopped, runs, tmp_path):
     def mount(*options):
         return subprocess.run(
@@ -292,7 +306,7 @@ def test_a_file_system_that_is_full(dartax, stopped, runs, tmp_path):
         ).returncode
 
     (tmp_path / "small").mkdir()
-    if shutil.which("mount") is None or mount("-o", "size=256k"):
+    if shutil.which("mount") is None or mount("-o", "size=1m"):
         pytest.skip("a small file system can only be mounted by root")
     try:
         workdir = tmp_path / "small" / "a"
@@ -339,12 +353,18 @@ class Bomb:
 BOMB = pickle.dumps(Bomb())
 
 
+def one(run, name):
+    """The file, also by a pattern: what Orbax writes has names of chance."""
+    (path,) = run.glob(name)
+    return path
+
+
 def cut(name):
-    return lambda run: os.truncate(run / name, (run / name).stat().st_size * 2 // 3)
+    return lambda run: os.truncate(one(run, name), one(run, name).stat().st_size * 2 // 3)
 
 
 def put(name, raw):
-    return lambda run: (run / name).write_bytes(raw)
+    return lambda run: (one(run, name) if "*" in name else run / name).write_bytes(raw)
 
 
 def append(name, raw):
@@ -353,45 +373,58 @@ def append(name, raw):
 
 def flip(name):
     def damage(run):
-        raw = bytearray((run / name).read_bytes())
+        raw = bytearray(one(run, name).read_bytes())
         raw[len(raw) // 2] ^= 1
-        (run / name).write_bytes(raw)
+        one(run, name).write_bytes(raw)
 
     return damage
 
 
-def resave(change):
-    """Saves the newest checkpoint again, checksum included, after a change."""
+def remove(name):
+    return lambda run: one(run, name).unlink()
+
+
+def resave(change=lambda tree: tree, version=checkpoints.VERSION):
+    """Saves the newest checkpoint again after a change."""
 
     def damage(run):
-        path = run / "checkpoints/42.msgpack"
-        saved = change(serialization.msgpack_restore(path.read_bytes()[32:]))
-        raw = saved if isinstance(saved, bytes) else serialization.msgpack_serialize(saved)
-        path.write_bytes(hashlib.sha256(raw).digest() + raw)
+        tree = change(saved_tree(run, 42))
+        shutil.rmtree(run / "checkpoints/step_42")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "VERSION", version)
+            checkpoints.Checkpoints(run / "checkpoints").save(42, tree)
 
     return damage
 
 
-def other_width(saved):
-    saved["state"]["params"]["Dense_0"]["bias"] = np.zeros(9, np.float32)
-    return saved
+def other_width(tree):
+    tree["params"]["Dense_0"]["bias"] = np.zeros(9, np.float32)
+    return tree
 
 
-def without_a_layer(saved):
-    del saved["state"]["params"]["Dense_0"]
-    return saved
+def without_a_layer(tree):
+    del tree["params"]["Dense_0"]
+    return tree
+
+
+def sign(run):
+    """Makes the manifest of the newest checkpoint anew, as only a forger would."""
+    path = run / "checkpoints/step_42"
+    kinds = manifest.read(path)["arrays"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "kinds", lambda _: kinds)
+        manifest.write(path, checkpoints.VERSION, None)
 
 
 def both(*damages):
     return lambda run: [damage(run) for damage in damages]
 
 
-def as_folders(run):
-    (run / "checkpoints/66").mkdir()
-
-
-NEWEST, OLDER = "checkpoints/42.msgpack", "checkpoints/32.msgpack"
-ASIDE = r"checkpoint 42 is damaged and was renamed to .*42.msgpack.damaged; going back to the one before it"
+NEWEST, OLDER = "checkpoints/step_42/arrays/d/*", "checkpoints/step_32/arrays/d/*"
+MANIFEST = "checkpoints/step_42/manifest.json"
+METADATA = "checkpoints/step_42/arrays/_METADATA"
+ASIDE = r"checkpoint 42 is damaged and was renamed to .*step_42.damaged; going back to the one before it"
+EARLIER = ["workdir must hold checkpoints of state version .* got those of an earlier dartax"]
 NOT_REACHED = "metrics.csv must reach step 42, as the checkpoint does, got rows up to step"
 
 # What is done to a stopped run, the status of the command that resumes it, and what it says.
@@ -400,20 +433,24 @@ DAMAGES = {
     "newest checkpoint cut short": (cut(NEWEST), 0, [ASIDE]),
     "newest checkpoint empty": (put(NEWEST, b""), 0, [ASIDE]),
     "one bit of it changed": (flip(NEWEST), 0, [ASIDE]),
+    "one bit of its manifest changed": (flip(MANIFEST), 0, [ASIDE]),
+    "its manifest cut short": (cut(MANIFEST), 0, [ASIDE]),
+    "its manifest missing, as if it had never been finished": (remove(MANIFEST), 0, []),
+    "one of its files missing": (remove(METADATA), 0, [ASIDE]),
     "both cut short": (both(cut(NEWEST), cut(OLDER)), 0, [ASIDE, "checkpoint 32 is damaged"]),
     "only the older one cut short": (cut(OLDER), 0, []),
     "half-written files left behind": (
-        both(put(NEWEST + ".part", b"half"), put("metrics.csv.part", b"half")), 0, []),
+        both(put(MANIFEST + ".part", b"half"), put("metrics.csv.part", b"half")), 0, []),
     "checkpoint of another width": (
         resave(other_width), 2,
-        [r"workdir must hold checkpoints of this model and optimizer, got 'a/checkpoints/42.msgpack' of another \(params/Dense_0/bias is float32\[9\] there, float32\[8\] here\); put back"]),
+        [r"workdir must hold checkpoints of this model and optimizer, got 'a/checkpoints/step_42' of another \(params/Dense_0/bias is float32\[9\] there, float32\[8\] here\); put back"]),
     "checkpoint of another depth": (
         resave(without_a_layer), 2, [r"of this model and optimizer, got .* of another \(.*Dense_0"]),
     "checkpoint of another version": (
-        resave(lambda saved: {**saved, "version": 99}), 2,
+        resave(version=99), 2,
         [r"workdir must hold checkpoints of state version \d+, got version 99 in 'a/checkpoints'; end that run with the dartax that began it"]),
-    "checkpoints of an earlier dartax": (
-        as_folders, 2, ["workdir must hold checkpoints of state version .* got those of an earlier dartax"]),
+    "checkpoints of an earlier dartax": (put("checkpoints/66.msgpack", b""), 2, EARLIER),
+    "older ones": (lambda run: (run / "checkpoints/66").mkdir(), 2, EARLIER),
     "metrics.csv missing": (lambda run: (run / "metrics.csv").unlink(), 2, [NOT_REACHED + " 0; put that file back"]),
     "metrics.csv cut short": (cut("metrics.csv"), 2, [NOT_REACHED]),
     "metrics.csv of something else": (
@@ -424,13 +461,18 @@ DAMAGES = {
     "summary.json cut short": (put("summary.json", b'{"test_loss": 0.1'), 0, ["summary.json is damaged; writing it again"]),
     "summary.json of something else": (put("summary.json", b"[]"), 0, ["summary.json is damaged"]),
     "a pickle as the newest checkpoint": (put(NEWEST, BOMB), 0, [ASIDE]),
-    "a pickle with a checksum": (resave(lambda _: BOMB), 0, [ASIDE]),
+    "a pickle as its metadata, with a checksum": (
+        both(put(METADATA, BOMB), sign), 2, ["workdir must hold checkpoints that Orbax .* reads, got 'a/checkpoints/step_42'"]),
+    "a pickle as its arrays, with a checksum": (
+        both(put(NEWEST, BOMB), sign), 2, ["workdir must hold checkpoints that Orbax .* reads, got 'a/checkpoints/step_42'"]),
+    "a pickle as its manifest": (put(MANIFEST, BOMB), 0, [ASIDE]),
     "a pickle as summary.json": (put("summary.json", BOMB), 0, ["summary.json is damaged"]),
     "a pickle as metrics.csv": (put("metrics.csv", BOMB), 2, ["metrics.csv must begin with the columns"]),
     "a pickle as config.toml": (put("config.toml", BOMB), 2, ["CONFIG must be valid TOML, got 'a/config.toml'"]),
 }  # fmt: skip
 
 
+@told_too_late
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_mended_or_refused(name, dartax, stopped, runs):
     damage, status, sentences = DAMAGES[name]
@@ -444,7 +486,10 @@ def test_damage_is_mended_or_refused(name, dartax, stopped, runs):
     if status == 0:
         assert_same_run(stopped, runs / "whole")
         for aside in stopped.rglob("*.damaged"):
-            assert aside.read_bytes() == before[Path("checkpoints") / aside.stem]
+            was = aside.relative_to(stopped).with_suffix("")
+            assert {was / name: raw for name, raw in content(aside).items()} == {
+                name: raw for name, raw in before.items() if name.is_relative_to(was)
+            }
         assert len(list(stopped.rglob("*.damaged"))) == len([s for s in said if "renamed" in s])
     else:
         assert content(stopped) == before

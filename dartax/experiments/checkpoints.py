@@ -1,68 +1,81 @@
-"""Checkpoints of a run: one file each, whole or absent, and checked when read."""
+"""Checkpoints of a run: Orbax writes them, a manifest finishes them and is checked on return."""
 
-import hashlib
+import contextlib
+import errno
+import io
+import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from flax import serialization
+import orbax.checkpoint as ocp
 
 from dartax._state import VERSION
+from dartax.experiments import manifest
 from dartax.experiments.config import ConfigError
-from dartax.experiments.files import write_whole
+from dartax.experiments.devices import is_first_process
 
 PyTree = Any
 
 KEPT = 2
-SUFFIX = ".msgpack"
+PREFIX = "step_"
 
 
 class Checkpoints:
-    """Files ``STEP.msgpack``: a SHA-256, and behind it what it is of, written by Flax.
+    """Folders ``step_N``: ``arrays``, which Orbax writes, and then ``manifest.json``.
 
-    Nothing that is there is ever deleted but by a newer checkpoint: a damaged file is set aside,
-    and a file of another run is refused.
+    A folder without a manifest was never finished. Nothing that was is ever deleted but by a newer
+    checkpoint: a damaged one is set aside, and one of another run is refused.
     """
 
     def __init__(self, folder: Path):
         """Opens ``folder``, making it where it is missing.
 
         Raises:
-          ConfigError: If its checkpoints were saved by an earlier dartax, as folders.
+          ConfigError: If its checkpoints were saved by an earlier dartax.
         """
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        if any(path.name.isdecimal() for path in folder.iterdir()):
+        if any(path.stem.isdecimal() for path in folder.iterdir()):
             raise self._refused("those of an earlier dartax")
-        for partial in folder.glob(f"*{SUFFIX}.part"):  # a kill left it
-            partial.unlink(missing_ok=True)
+        if is_first_process():  # which alone changes what is there
+            for path in folder.glob(f"{PREFIX}*"):
+                if not (path / manifest.FILE).exists() and path.suffix != ".damaged":
+                    shutil.rmtree(path)
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"{step}{SUFFIX}"
+        return self._folder / f"{PREFIX}{step}"
 
     def _steps(self) -> list[int]:
-        names = [path.stem for path in self._folder.glob(f"*{SUFFIX}")]
+        names = [path.name.removeprefix(PREFIX) for path in self._folder.glob(f"{PREFIX}*")]
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def _refused(self, found: str) -> ConfigError:
-        return ConfigError(
-            f"workdir must hold checkpoints of state version {VERSION}, got {found} in "
-            f"{str(self._folder)!r}; end that run with the dartax that began it, or start again "
-            "with another --workdir."
-        )
-
     def save(self, step: int, tree: PyTree) -> None:
-        """Saves ``tree``, of NumPy arrays, as of ``step``, and deletes all but the newest ones."""
-        state = serialization.to_state_dict(tree)
-        content = serialization.msgpack_serialize({"version": VERSION, "state": state})
-        write_whole(self._path(step), hashlib.sha256(content).digest() + content)
-        for old in self._steps()[:-KEPT]:
-            self._path(old).unlink()
+        """Saves ``tree`` as of ``step``, by all processes, and deletes all but the newest ones.
 
-    def restore_latest(self, template: PyTree) -> tuple[int, PyTree]:
-        """The newest checkpoint that is not damaged, and its step; (0, ``template``) without any.
+        Raises:
+          OSError: If it cannot be written; nothing of it stays.
+        """
+        path = self._path(step)
+        try:
+            with _orbax() as checkpointer:
+                checkpointer.save((path / "arrays").absolute(), args=ocp.args.StandardSave(tree))
+            if not is_first_process():
+                return
+            manifest.write(path, VERSION, tree)
+        except OSError:
+            shutil.rmtree(path, ignore_errors=True)  # a full disk needs the room
+            raise
+        for old in self._steps()[:-KEPT]:
+            (self._path(old) / manifest.FILE).unlink()  # what a kill leaves is not damaged
+            shutil.rmtree(self._path(old))
+
+    def newest(self, template: PyTree) -> int:
+        """The newest step whose checkpoint is not damaged; 0 without any. For one process.
 
         Args:
           template: The tree that was saved, or the shapes and dtypes of its arrays.
@@ -73,54 +86,85 @@ class Checkpoints:
         """
         for step in reversed(self._steps()):
             try:
-                return step, self.restore(step, template)
-            except DamagedError:
-                path = self._path(step)
-                aside = path.with_suffix(f"{SUFFIX}.damaged")
-                path.replace(aside)
+                self._check(step, template)
+                return step
+            except manifest.DamagedError:
+                aside = self._path(step)
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}.damaged")
+                self._path(step).replace(aside)
                 print(
                     f"dartax: checkpoint {step} is damaged and was renamed to {aside}; going back "
                     "to the one before it, or to the beginning.",
                     file=sys.stderr,
                 )
-        return 0, template
+        return 0
+
+    def _check(self, step: int, template: PyTree) -> None:
+        path = self._path(step)
+        content = manifest.read(path)
+        if content["version"] != VERSION:
+            raise self._refused(f"version {content['version']}")
+        if manifest.digests(path) != content["files"]:
+            raise manifest.DamagedError
+        here, there = manifest.kinds(template), content["arrays"]
+        for name in sorted(here | there):
+            if here.get(name) != there.get(name):
+                raise ConfigError(
+                    "workdir must hold checkpoints of this model and optimizer, got "
+                    f"{str(path)!r} of another ({name} is {there.get(name, 'missing')} there, "
+                    f"{here.get(name, 'missing')} here); put back the one that belongs there, or "
+                    "start again with another --workdir."
+                )
 
     def restore(self, step: int, template: PyTree) -> PyTree:
-        """The checkpoint of ``step``, as NumPy arrays."""
-        raw = self._path(step).read_bytes()
-        digest, content = raw[:32], raw[32:]
-        if hashlib.sha256(content).digest() != digest:
-            raise DamagedError
-        try:
-            saved = serialization.msgpack_restore(content)
-            version, state = saved["version"], saved["state"]
-        except (KeyError, TypeError, ValueError) as error:  # with a checksum, yet not our own
-            raise DamagedError from error
-        if version != VERSION:
-            raise self._refused(f"version {version}")
-        try:
-            tree = serialization.from_state_dict(template, state)
-        except ValueError as error:  # other names
-            raise self._of_another(step, str(error)) from error
-        for (path, leaf), array in zip(
-            jax.tree_util.tree_leaves_with_path(template), jax.tree.leaves(tree), strict=True
-        ):
-            if np.shape(array) != leaf.shape or array.dtype != leaf.dtype:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise self._of_another(
-                    step,
-                    f"{name} is {array.dtype}{list(np.shape(array))} there, "
-                    f"{leaf.dtype}{list(leaf.shape)} here",
-                )
-        return tree
+        """The checkpoint of ``step``, which ``newest`` has checked, by all processes.
 
-    def _of_another(self, step: int, difference: str) -> ConfigError:
+        Args:
+          step: The step.
+          template: Shapes, dtypes and shardings of the arrays.
+        """
+        path = self._path(step)
+        try:
+            with _orbax() as checkpointer:
+                return checkpointer.restore(
+                    (path / "arrays").absolute(), args=ocp.args.StandardRestore(template)
+                )
+        except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # Orbax raises whatever its reader met
+            raise ConfigError(
+                f"workdir must hold checkpoints that Orbax {ocp.__version__} reads, got "
+                f"{str(path)!r}, as it was saved ({type(error).__name__}); install the Orbax that "
+                "saved it, or start again with another --workdir."
+            ) from error
+
+    def _refused(self, found: str) -> ConfigError:
         return ConfigError(
-            "workdir must hold checkpoints of this model and optimizer, got "
-            f"{str(self._path(step))!r} of another ({difference}); put back the one that belongs "
-            "there, or start again with another --workdir."
+            f"workdir must hold checkpoints of state version {VERSION}, got {found} in "
+            f"{str(self._folder)!r}; end that run with the dartax that began it, or start again "
+            "with another --workdir."
         )
 
 
-class DamagedError(Exception):
-    """A checkpoint whose content is not what was saved."""
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.Checkpointer]:
+    """What saves and restores; an error of the system is an ``OSError``, however it is worded.
+
+    What the threads of Orbax print of an error, a traceback each, goes nowhere.
+    """
+    with (
+        contextlib.redirect_stderr(io.StringIO()),
+        ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+    ):
+        try:
+            yield checkpointer
+        except OSError:
+            time.sleep(1.0)  # the threads may still have a word to say
+            raise
+        except ValueError as error:  # TensorStore's, with the words of the system in it
+            time.sleep(1.0)
+            for code in errno.errorcode:
+                if os.strerror(code) in str(error):
+                    raise OSError(code, os.strerror(code)) from error
+            raise

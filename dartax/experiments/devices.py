@@ -93,31 +93,6 @@ def together() -> Iterator[None]:
         )
 
 
-def to_host(tree: PyTree, mesh: Mesh) -> PyTree:
-    """NumPy arrays of the whole of every array, in every process."""
-    if jax.process_count() > 1:  # a device_get takes what this process sees
-        tree = jax.jit(_identity, out_shardings=replicated(mesh))(tree)
-    return jax.device_get(tree)
-
-
-def _identity(tree: PyTree) -> PyTree:
-    return tree
-
-
-def from_host(tree: PyTree, shardings: PyTree) -> PyTree:
-    """NumPy arrays, the same in every process, as arrays on devices; inverse of ``to_host``."""
-
-    def place(sharding, part):
-        return jax.tree.map(
-            lambda array: jax.make_array_from_callback(
-                np.shape(array), sharding, lambda index: np.asarray(array)[index]
-            ),
-            part,
-        )
-
-    return jax.tree.map(place, shardings, tree)
-
-
 @contextlib.contextmanager
 def exit_if_left_alone() -> Iterator[None]:
     """Ends this process, with a sentence, where another one of the run is gone.
@@ -216,6 +191,17 @@ def state_shardings(
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
     return of_params, of_state
+
+
+def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes and dtypes of arrays together with where they lie."""
+
+    def place(sharding, part):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part
+        )
+
+    return jax.tree.map(place, shardings, shapes)
 
 
 def own_shards(tree: PyTree) -> PyTree:

@@ -205,11 +205,9 @@ def _train(
         if not writes:
             claim_workdir(config, workdir)
         checkpoints = Checkpoints(workdir / "checkpoints")
-        step, saved = checkpoints.restore_latest(shapes) if writes else (0, None)
+        step = checkpoints.newest(shapes) if writes else 0
     (step,) = devices.largest(step)
-    if step and not writes:
-        saved = checkpoints.restore(step, shapes)
-    state = devices.from_host(saved, shardings) if step else first_state()
+    state = checkpoints.restore(step, devices.placed(shapes, shardings)) if step else first_state()
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
     with devices.together():
         metrics = logs.open_writer(config, workdir if writes else None, columns, last_step=step)
@@ -237,9 +235,7 @@ def _train(
                 signum, due = devices.largest(signals.signum, old or step == total_steps)
                 if signum or due:
                     metrics.sync()
-                    host_state = devices.to_host(state, mesh)
-                    if writes:
-                        checkpoints.save(step, host_state)
+                    checkpoints.save(step, state)
                     last_save = time.monotonic()
                 if signum:
                     raise KeyboardInterrupt(signum)
