@@ -557,6 +557,7 @@ def test_a_pickle_as_data(dartax, monkeypatch, tmp_path):
 # Mistakes in the configuration
 
 
+HELP = "dartax train CONFIG --help lists what there is."
 MISTAKES = {
     "epoch = 3": "epoch is not a key of the configuration; did you mean 'epochs'?",
     "[optimizer]\nscedule = 'linear'": "optimizer.scedule is not .* did you mean 'schedule'?",
@@ -608,20 +609,20 @@ MISTAKES = {
     "--epoch 3": "--epoch is not a key of the configuration; did you mean '--epochs'?",
     "--optimizer.scedule linear": "--optimizer.scedule is not a key .* did you mean '--optimizer.schedule'?",
     "--optimizer 3": "--optimizer is not a key of the configuration",
-    "--epochs many": "epochs must be of type int, got 'many'",
-    "--epochs nan": "epochs must be of type int, got 'nan'",
-    "--epochs": "--epochs must have one value, got none; write --epochs VALUE",
-    "--epochs 3 4": "--epochs must have one value, got 3 4; write --epochs VALUE",
-    "--epochs=": "epochs must be of type int, got ''",
+    "--epochs many": "Error parsing --epochs: invalid .*'many'; dartax train CONFIG --help lists what there is.",
+    "--epochs nan": "Error parsing --epochs: invalid .*'nan'; dartax train",
+    "--epochs": "[Aa]rgument '?--epochs'?[:;.] [Ee]xpected 1 .*; dartax train CONFIG --help lists",
+    "--epochs 3 4": "CONFIG must be followed by --key value pairs, got '4' without a key; leave it out",
+    "--epochs=": "Error parsing --epochs: invalid .*''; dartax train",
     "--epochs -1": "epochs must be an int of at least 1, got -1",
-    "--model.hidden 8 a": r"model.hidden\[1\] must be of type int, got 'a'",
-    "--optimizer.name dartt": "optimizer.name must be one of .* did you mean 'dart'?",
-    "--optimizer.options.init-rate x": "optimizer.options.init_rate must be of type float, got 'x'",
-    "--optimizer.options init_rate": "--optimizer.options must have a number for every name, got init_rate",
+    "--model.hidden 8 a": "Error parsing --model.hidden: .*'a'.*; dartax train",
+    "--optimizer.name dartt": "invalid choice:? 'dartt' .*'dart', 'dart_frozen', .*; dartax train",
+    "--optimizer.options.init-rate x": "Error parsing --optimizer.options.init-rate: could not convert string to float: 'x'; dartax",
+    "--optimizer.options init_rate": "[Aa]rgument '?--optimizer.options.init-rate'?[:;.] [Ee]xpected 1 .*; dartax",
     "--optimizer.options.int-rate 1": "int_rate is not an option of dart; did you mean 'init_rate'?",
     "--checkpoint-seconds nan": "checkpoint_seconds must be a non-negative number, got nan",
     "--batch-size 5000": "batch_size must be at most the 1438 training examples, got 5000",
-    "stray": "CONFIG must be followed by --key value pairs, got 'stray'; did you mean '--stray'?",
+    "stray": "CONFIG must be followed by --key value pairs, got 'stray' without a key; leave it out",
     "--processes many": "argument --processes: invalid int value: 'many'",
 }  # fmt: skip
 
@@ -637,6 +638,23 @@ def test_mistakes_get_one_sentence(mistake, dartax):
     assert content(Path()) == {Path("bad.toml"): text.encode("latin-1")}
 
 
+def test_what_tyro_says_is_read_without_its_colours(dartax, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    config_lib.save(TINY, Path("a.toml"))
+    said = [
+        f"dartax: Error parsing --epochs: invalid literal for int() with base 10: 'many'; {HELP}"
+    ]
+    assert dartax("train", "a.toml", "--epochs", "many") == (2, said)
+
+
+def test_help_lists_the_keys(capsys):
+    for words in (["--help"], ["--bogus", "-h"]):
+        with pytest.raises(SystemExit) as stop:
+            config_lib.override(TINY, words, "dartax train CONFIG")
+        assert not stop.value.code
+        assert "--optimizer.learning-rate" in capsys.readouterr().out
+
+
 def test_configurations_that_are_no_files(dartax, tmp_path):
     for name, match in (("missing.toml", "No such file"), (str(tmp_path), "Is a directory")):
         status, said = dartax("train", name)
@@ -645,10 +663,14 @@ def test_configurations_that_are_no_files(dartax, tmp_path):
 
 
 def test_options_on_the_command_line_stand_beside_those_of_the_file():
-    config = dataclasses.replace(TINY, optimizer=OptimizerConfig(options={"init_rate": 1e-4}))
-    for words in (["--optimizer.options.weight-decay", "0.1"], ["--optimizer.options", "weight_decay", "0.1"]):  # fmt: skip
-        changed = config_lib.override(config, words, "dartax train")
-        assert changed.optimizer.options == {"init_rate": 1e-4, "weight_decay": 0.1}
+    for there in ({}, {"init_rate": 1e-4}, {"weight_decay": 0.2}):
+        config = dataclasses.replace(TINY, optimizer=OptimizerConfig(options=there))
+        for words in ("--optimizer.options.weight-decay 0", "--optimizer.options.weight_decay=0", "--optimizer.options weight-decay 0"):  # fmt: skip
+            changed = config_lib.override(config, words.split(), "dartax train")
+            assert changed.optimizer.options == {**there, "weight_decay": 0.0}
+    words = ["--optimizer.options", "init_rate", "1", "--optimizer.options.weight-decay", "2"]
+    changed = config_lib.override(TINY, words, "dartax train")
+    assert changed.optimizer.options == {"init_rate": 1.0, "weight_decay": 2.0}
     changed = config_lib.override(
         config, ["--model.hidden", "--seed=3", "--checkpoint_seconds", "1"], "dartax train"
     )

@@ -4,12 +4,16 @@
 run, its seeds included, is a field.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import math
+import re
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +21,9 @@ import tomli_w
 import tyro
 
 from dartax.experiments.files import write_whole
+
+# Its keys are those of the optimizer, which only the optimizer knows.
+OPTIONS = "--optimizer.options"
 
 
 class ConfigError(ValueError):
@@ -217,87 +224,72 @@ def load(path: str | Path, schema: type = Config) -> Any:
 
 
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """``config`` with ``--key value`` pairs applied.
+    """``config`` with ``--key value`` pairs applied, which tyro parses.
 
     Nested keys take a dot, lists any number of values, and a table a further dot
-    (``--optimizer.options.init-rate 1e-5``) or pairs (``--optimizer.options init_rate 1e-5``).
+    (``--optimizer.options.init-rate 1e-5``) or a pair (``--optimizer.options init_rate 1e-5``).
     With ``--help``, exits with a list of the keys.
 
     Raises:
       ConfigError: If a key is unknown, or a value is of another type or out of range.
     """
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(Config, prog=prog, default=config, args=["--help"])
-    kinds = _kinds(Config)
-    for flag, words in _flags(arguments):
-        key = flag.removeprefix("--").replace("-", "_")
-        table, _, item = key.rpartition(".")
-        if typing.get_origin(kinds.get(table)) is dict:
-            key, words = table, [item, *words]
-        if key not in kinds:
-            known = [f"--{name.replace('_', '-')}" for name in kinds]
-            raise ConfigError(f"{flag} is not a key of the configuration; {nearest(flag, known)}")
-        section, _, name = key.rpartition(".")
-        owner: Any = getattr(config, section) if section else config
-        value = _convert(_from_words(flag, words, kinds[key]), kinds[key], key)
-        if isinstance(value, dict):
-            value = {**getattr(owner, name), **value}
-        owner = dataclasses.replace(owner, **{name: value})
-        nested: dict[str, Any] = {section: owner}
-        config = dataclasses.replace(config, **nested) if section else owner
-    return config
-
-
-def _kinds(schema: type, prefix: str = "") -> dict[str, Any]:
-    """The annotated type of every key, nested ones with a dot."""
-    kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(schema).items():
-        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        kinds |= _kinds(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
-    return kinds
-
-
-def _flags(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Every --key and the words behind it, also as --key=word."""
-    flags: list[tuple[str, list[str]]] = []
+    words: list[str] = []
     for argument in arguments:
-        if argument.startswith("--"):
-            flag, equals, word = argument.partition("=")
-            flags.append((flag, [word] if equals else []))
-        elif flags:
-            flags[-1][1].append(argument)
+        if words and words[-1] == OPTIONS:
+            words[-1] = f"{OPTIONS}.{argument}"
         else:
-            raise ConfigError(
-                f"CONFIG must be followed by --key value pairs, got {argument!r}; did you mean "
-                f"'--{argument}'?"
+            words.append(argument)
+    flags = [word.partition("=")[0] for word in words if word.startswith(f"{OPTIONS}.")]
+    # tyro knows the keys of a table by what the table holds; a value follows, or is missed.
+    named = {flag.removeprefix(f"{OPTIONS}.").replace("-", "_"): math.nan for flag in flags}
+    options = {**named, **config.optimizer.options}
+    default = dataclasses.replace(
+        config, optimizer=dataclasses.replace(config.optimizer, options=options)
+    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            changed, unknown = tyro.cli(
+                Config, prog=prog, default=default, args=words, return_unknown_args=True
             )
-    return flags
-
-
-def _from_words(flag: str, words: list[str], kind: Any) -> Any:
-    """The words behind ``flag`` as TOML would have them; what is no number stays a word."""
-
-    def value(word: str, kind: Any) -> Any:
-        try:
-            return kind(word) if kind in (int, float) else word
-        except ValueError:
-            return word
-
-    origin, kinds = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        return [value(word, kinds[0]) for word in words]
-    if origin is dict and len(words) % 2 == 0:
-        return {
-            key.replace("-", "_"): value(word, kinds[1])
-            for key, word in zip(words[::2], words[1::2], strict=True)
-        }
-    if origin is dict or len(words) != 1:
-        expected = "a number for every name" if origin is dict else "one value"
+    except SystemExit as stop:
+        if not stop.code:  # after --help
+            raise
+        raise _mistake(stop, said.getvalue(), prog) from stop
+    if unknown:
+        word, known = unknown[0].partition("=")[0], list(_flags(dataclasses.asdict(config)))
+        if word.startswith("--"):
+            raise ConfigError(f"{word} is not a key of the configuration; {nearest(word, known)}")
         raise ConfigError(
-            f"{flag} must have {expected}, got {' '.join(words) or 'none'}; write "
-            f"{flag} {'NAME VALUE' if origin is dict else 'VALUE'}."
+            f"CONFIG must be followed by --key value pairs, got {word!r} without a key; leave it "
+            "out, or write its --key before it."
         )
-    return value(words[0], kind)
+    return changed
+
+
+def _flags(table: dict[str, Any], prefix: str = "--") -> Iterator[str]:
+    """The flag of every key."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flags(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key.replace("_", "-")
+
+
+def _mistake(stop: SystemExit, said: str, prog: str) -> ConfigError:
+    """What stopped tyro: an error of ours, or else what stands first in the box that it drew."""
+    error: BaseException | None = stop
+    while error is not None:
+        if isinstance(error, ConfigError):
+            return error
+        error = error.__context__
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said)
+    title, *lines = [line.strip("│| ") for line in plain.splitlines() or [said]]
+    # Rules end the part, and where the box has no borders one begins it too.
+    parts = itertools.groupby(lines, key=lambda line: bool(line.strip("╰╯─-")))
+    part = next((" ".join(part) for is_text, part in parts if is_text), title)
+    told = part.rstrip(".").replace(". ", "; ")
+    return ConfigError(f"{told}; {prog} --help lists what there is.")
 
 
 def save(config: Config, path: Path) -> None:
