@@ -140,9 +140,14 @@ def guard(inner: optax.GradientTransformation) -> Guarded:
     return Guarded.make(init_fn, update_fn, again)
 
 
+def is_zero(weight_decay: Any) -> bool:
+    """Whether no weights decay, as far as a Python number tells."""
+    return isinstance(weight_decay, int | float) and weight_decay == 0
+
+
 def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
     """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
+    if is_zero(weight_decay):
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)
 
@@ -151,9 +156,7 @@ def with_decayed_weights(
     inner: optax.GradientTransformation, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
     """``inner``, then :func:`decayed_weights`; guarded where ``inner`` is."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return inner
-    decay = optax.add_decayed_weights(weight_decay, mask)
+    decay = decayed_weights(weight_decay, mask)  # has no state of its own
     if not isinstance(inner, Guarded):
         return optax.chain(inner, decay)
 
@@ -168,4 +171,5 @@ def with_decayed_weights(
     def again(state, params):
         return decay.update(inner.again(state[0], params), state[1], params)[0]
 
-    return Guarded.make(init_fn, update_fn, again, reads_params=True)
+    reads_params = inner.reads_params or not is_zero(weight_decay)
+    return Guarded.make(init_fn, update_fn, again, reads_params)
