@@ -175,10 +175,10 @@ class Turn:
         return jnp.concatenate([jnp.full(length, x, jnp.float32) for length, x in pairs])
 
 
-def factor_shape(leaf: jax.Array, granularity: str) -> tuple[int, ...]:
-    """Shape of the factors of a leaf; its channels are the last axis."""
+def factor_shape(leaf: jax.Array) -> tuple[int, ...]:
+    """Shape of the factors of a leaf's channels, its last axis."""
     shape = jnp.shape(leaf)
-    return shape if granularity == "element" else (1,) * (len(shape) - 1) + shape[-1:]
+    return (1,) * (len(shape) - 1) + shape[-1:]
 
 
 def hypergradient(part: Slice, gradient: Any, memory: Any, count: jax.Array) -> jax.Array:
@@ -308,9 +308,12 @@ def allocate(
 
     def init_fn(params):
         def full(value):
-            return jax.tree.map(
-                lambda p: jnp.full(factor_shape(p, granularity), value, jnp.float32), params
-            )
+            def leaf(p):
+                if granularity == "element":  # lies where the parameters lie
+                    return jnp.full_like(p, value, dtype=jnp.float32)
+                return jnp.full(factor_shape(p), value, jnp.float32)
+
+            return jax.tree.map(leaf, params)
 
         # A stream of its own beside that of the tensors, which the same key begins.
         stream = jax.random.fold_in(random.threefry_key(key), 1)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dartax
+from dartax import _allocation
 
 P = PartitionSpec
 pytestmark = pytest.mark.skipif(
@@ -127,6 +128,22 @@ def test_ends_where_one_device_ends(layout, on_one_device):
     )
     assert set(extra) <= {("all-reduce", "f32[]")}
     assert sum(extra.values()) <= len(jax.tree.leaves(params)) * len(LAYOUTS[layout][0])
+
+
+@pytest.mark.parametrize("blocks", ["channel", "element"])
+def test_rates_within_tensors_end_where_one_device_ends(blocks, monkeypatch):
+    monkeypatch.setattr(_allocation, "LEAST", 64)  # slices of the matrices
+    batches = jax.random.normal(jax.random.key(1), (STEPS, 16, 16))
+    optimizer = dartax.dart(init_rate=1e-3, blocks=blocks)
+    expected, _, _ = train(optimizer, make_params(), batches)
+    params, batch_sharding = placed("two axes")
+    batches = [jax.device_put(x, batch_sharding) for x in batches]
+    after, state, _ = train(optimizer, params, batches)
+    assert_close(after, expected)
+    if blocks == "element":
+        factors = optax.tree.get(state, "within_factor")
+        for leaf, param in zip(jax.tree.leaves(factors), jax.tree.leaves(params), strict=True):
+            assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
 
 
 def test_explicit_mesh(on_one_device):
