@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from run_folders import assert_same_run, final_state, steps_of
 
-from dartax.experiments import cli
+from dartax.experiments import cli, devices
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ModelConfig
 from dartax.experiments.run_folder import held, read_metrics
@@ -112,6 +113,22 @@ def test_two_processes_survive_the_loss_of_one_and_stop_together():
     run_to_the_end("runs/killed", epochs)
     run_to_the_end("runs/whole", epochs)
     assert_same_run("runs/killed", "runs/whole")
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_process_lost_while_a_checkpoint_is_saved(kind, monkeypatch, capsys):
+    """JAX words it as either, by where it happens."""
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"), devices.exit_if_left_alone():
+        raise kind("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+    assert "process 0 of 2 cannot go on without the others" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="another"), devices.exit_if_left_alone():
+        raise ValueError("another")
 
 
 def test_two_processes_are_refused_together():

@@ -23,6 +23,17 @@ PyTree = Any
 
 KEPT = 2
 PREFIX = "step_"
+# Errors of the system that are of files; others are of a process that was lost.
+OF_FILES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+)
 
 
 class Checkpoints:
@@ -164,7 +175,7 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
             raise
         except ValueError as error:  # TensorStore's, with the words of the system in it
             time.sleep(1.0)
-            for code in errno.errorcode:
+            for code in OF_FILES:
                 if os.strerror(code) in str(error):
                     raise OSError(code, os.strerror(code)) from error
             raise
