@@ -44,7 +44,7 @@ B1, B2 = 0.9, 0.99
 # Change of a log concentration per update where the gradient always has one sign.
 STEP = 0.005
 # A slice is one of so many, but no smaller than LEAST values: small tensors are renewed whole.
-SLICES, LEAST = 32, 1024
+SLICES, LEAST = 64, 1024
 # Concentrations stay within this factor of their mean.
 RANGE = 100.0
 # Values that are learned and drawn at a time; the rest of the memory is that of Adam's step.
@@ -153,8 +153,13 @@ class Turn:
 
     def gather(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The values of the leaves."""
-        parts = zip(self.slices, leaves, strict=True)
-        return jnp.concatenate([part.take(leaf, self.count) for part, leaf in parts])
+        # Written part by part: XLA's concatenation asks for every value which part it is of.
+        vector = jnp.zeros(self.length, jnp.float32)
+        for part, leaf, end in zip(self.slices, leaves, np.cumsum(self._lengths), strict=True):
+            vector = jax.lax.dynamic_update_slice_in_dim(
+                vector, part.take(leaf, self.count), end - part.num_values, 0
+            )
+        return vector
 
     def scatter(self, leaves: Sequence[jax.Array], values: jax.Array) -> list[jax.Array]:
         """The leaves with new values."""
