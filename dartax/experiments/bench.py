@@ -26,16 +26,16 @@ from dartax.experiments.scores import aligned
 PyTree = Any
 
 TARGET = "adamw"
-DEFAULT = (TARGET, "dart", "paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
 # What else dart is asked for, beside the optimizers by name.
 VARIANTS: dict[str, dict[str, Any]] = {
     "dart_weight_decay": {"options": {"weight_decay": 1e-4}},
     "dart_horizon_0": {"options": {"horizon": 0.0}},
     "dart_optax_adam": {"inner": "optax_adam"},
-    "dart_lion": {"inner": "lion"},
     "dart_channel": {"blocks": "channel"},
     "dart_element": {"blocks": "element"},
 }
+PEERS = ("paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
+DEFAULT = (TARGET, "dart", *VARIANTS, *PEERS)
 # Steps of one turn: enough to leave the caches as a run of its own would.
 STEPS = 3
 # Steps that the schedules span; nothing here depends on it.
