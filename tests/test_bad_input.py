@@ -46,6 +46,7 @@ def sentence(error):
         ({"init_rate": np.True_}, TypeError, "init_rate must be a positive number, got"),
         ({"horizon": jnp.ones(2)}, ValueError, r"horizon must be .* got shape \(2,\)"),
         ({"max_rate": 10**400}, ValueError, "max_rate must be a positive number, got 1000"),
+        ({"blocks": "chanel"}, ValueError, "blocks must be one of 'tensor', 'channel', 'element', a tree .* got 'chanel'"),
         ({"direction_dtype": "foo"}, TypeError, "direction_dtype must be a floating dtype, got 'foo'"),
         ({"direction_dtype": "int32"}, TypeError, "direction_dtype must be a floating dtype, got 'int32'"),
         ({"inner": "adam"}, TypeError, "inner must be an optax.GradientTransformation, got 'adam'"),

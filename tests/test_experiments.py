@@ -45,6 +45,8 @@ def test_config_survives_saving(tmp_path):
         (OptimizerConfig(options={"init_rate": 2.0}), "init_rate must be below max_rate"),
         (OptimizerConfig(name="paper_dart", options={"lr_min": 1.0}), "lr_min must be below lr_max"),
         (OptimizerConfig(name="adamw", inner="lion"), "optimizer.inner must be left out under adamw"),
+        (OptimizerConfig(name="adamw", blocks="channel"), "optimizer.blocks must be left out under adamw"),
+        (OptimizerConfig(name="paper_dart", blocks="element"), "blocks must be one of 'tensor', a tree"),
         (OptimizerConfig(options={"init_rate": 0.5}), "init_rate must be below 0.16"),
     ],
 )  # fmt: skip
