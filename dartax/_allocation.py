@@ -187,7 +187,7 @@ def factor_shape(leaf: jax.Array) -> tuple[int, ...]:
 
 
 def hypergradient(part: Slice, gradient: Any, memory: Any, count: jax.Array) -> jax.Array:
-    """H of the channels or elements whose turn it is: minus the inner products over the rest."""
+    """The h of those whose turn it is: minus the inner products over the other axes."""
     if gradient.size == part.size:
         gradient, memory = part.take(gradient, count), part.take(memory, count)
         return -gradient.astype(jnp.float32) * memory.astype(jnp.float32)

@@ -17,7 +17,7 @@ PyTree = Any
 
 
 def empty(params: PyTree, dtype: Any, kept: bool) -> PyTree:
-    """Z before the first step; arrays without elements where it is not kept."""
+    """The memory before the first step; arrays without elements where it is not kept."""
 
     def leaf(p):
         return jnp.zeros(jnp.shape(p) if kept else (0,) * jnp.ndim(p), dtype)
@@ -26,7 +26,7 @@ def empty(params: PyTree, dtype: Any, kept: bool) -> PyTree:
 
 
 def rebuild(direction: PyTree, weight: PyTree) -> PyTree:
-    """Z at horizon 0, from the direction of the last step."""
+    """The memory at horizon 0, from the direction of the last step."""
     return jax.tree.map(lambda u, w: w * u.astype(jnp.float32), direction, weight)
 
 

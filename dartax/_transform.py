@@ -169,7 +169,7 @@ def scale_by_dirichlet(
         return _memory.rebuild(direction, weight)
 
     def remember(state, direction, weight, kept, finite, overflows):
-        """Z with the new steps; as it was where the step is skipped."""
+        """The memory z with the new steps; as it was where the step is skipped."""
         new = jax.tree.map(
             _memory.accumulate,
             direction,
