@@ -346,7 +346,13 @@ def allocate(
         direction = inner.again(state.inner_state, params)
         return jax.tree.map(times, direction, state.shares.within_factor)
 
-    return Guarded.make(init_fn, update_fn, again, inner.reads_params)
+    return Guarded.make(
+        init_fn,
+        update_fn,
+        again,
+        reads_params=inner.reads_params,
+        always_finite=inner.always_finite,
+    )
 
 
 def used_factors(state: AllocationState) -> list[jax.Array]:

@@ -1,5 +1,6 @@
 """Parameter blocks: which leaf of the parameter tree takes which learning rate."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -148,6 +149,17 @@ def block_dots(left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int) 
     return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(jnp.stack(dots))
 
 
+def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
+    """``jnp.where(condition, values, others)`` for a scalar condition, computed once.
+
+    XLA computes elementwise arithmetic of small arrays again in every kernel that reads its result,
+    here in those of every leaf, but a reduction only once.
+    """
+    rows = jnp.stack([values, jnp.broadcast_to(jnp.asarray(others, values.dtype), values.shape)])
+    chosen = jnp.stack([condition, ~condition])[:, None]
+    return jnp.max(jnp.where(chosen, rows, -jnp.inf), axis=0)
+
+
 def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
     """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
     structure: Any = jax.tree.structure(tree)
@@ -155,7 +167,8 @@ def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, scalars)
 
 
-def matrix_rms(tree: PyTree, numbers: list[int], num_blocks: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def matrix_rms(tree: PyTree, numbers: tuple[int, ...], num_blocks: int) -> jax.Array:
     """Root mean square of the elements of every block's matrices, at most 2**64, ``[K]``.
 
     It is 0 without any, and for elements whose squares vanish in float32.

@@ -27,10 +27,12 @@ class Guarded(optax.GradientTransformationExtraArgs):
         float32 at least. Written differently, for XLA would find an equal computation and store
         its result.
       reads_params: Whether ``again`` needs the parameters.
+      always_finite: Whether the directions are finite whatever the gradients are.
     """
 
     again: Callable[[PyTree, PyTree], PyTree]
     reads_params: bool
+    always_finite: bool
 
     @classmethod
     def make(
@@ -38,11 +40,14 @@ class Guarded(optax.GradientTransformationExtraArgs):
         init: Any,
         update: Any,
         again: Callable[[PyTree, PyTree], PyTree],
+        *,
         reads_params: bool = False,
+        always_finite: bool = False,
     ) -> "Guarded":
         """The transform of these three functions."""
         transform = cls(init, update)
-        transform.again, transform.reads_params = again, reads_params
+        transform.again = again
+        transform.reads_params, transform.always_finite = reads_params, always_finite
         return transform
 
 
@@ -54,6 +59,11 @@ def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jax.lax.select(finite, new.astype(old.dtype), old)
 
 
+def zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
+    """``tree``, or zeros."""
+    return jax.tree.map(lambda x: jax.lax.select(finite, x, jnp.zeros_like(x)), tree)
+
+
 def widened(tree: PyTree) -> PyTree:
     """``tree`` with float32 in place of float16, where ``eps`` and small squares would be 0."""
     is_half = lambda x: jnp.result_type(x) == jnp.float16  # noqa: E731
@@ -62,28 +72,24 @@ def widened(tree: PyTree) -> PyTree:
 
 def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
     """``optax.scale_by_adam``, guarded; the state is that of optax, in float32 for float16."""
-    inner = optax.scale_by_adam(b1, b2, eps)
 
     def init_fn(params):
-        return inner.init(widened(params))
+        return optax.scale_by_adam(b1, b2, eps).init(widened(params))
 
     def corrections(state: optax.ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
         count = jnp.maximum(state.count, 1).astype(jnp.float32)
         return 1 - b1**count, 1 - b2**count
 
     def update_fn(updates, state, params=None, *, finite=True, **_):
-        gradient = widened(updates)
-        _, new = inner.update(gradient, state, params)
-
-        def moment(new, old, g):
-            # An infinite square would stay for ever; a reduction to skip it would be a pass more.
-            fits = jnp.abs(g) < LARGEST_ROOT
-            return choose(jnp.asarray(finite) & fits, new, old)
-
+        gradient, finite = widened(updates), jnp.asarray(finite)
+        mu = optax.tree.update_moment(gradient, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2)
+        # An infinite square would stay for ever; a reduction to skip it would be a pass more.
+        fits = jax.tree.map(lambda g: finite & (jnp.abs(g) < LARGEST_ROOT), gradient)
         state = optax.ScaleByAdamState(
-            count=choose(jnp.asarray(finite), new.count, state.count),
-            mu=jax.tree.map(moment, new.mu, state.mu, gradient),
-            nu=jax.tree.map(moment, new.nu, state.nu, gradient),
+            count=choose(finite, optax.safe_increment(state.count), state.count),
+            mu=jax.tree.map(choose, fits, mu, state.mu),
+            nu=jax.tree.map(choose, fits, nu, state.nu),
         )
         c1, c2 = corrections(state)
 
@@ -105,7 +111,7 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
 
         return jax.tree.map(direction, state.mu, state.nu)
 
-    return Guarded.make(init_fn, update_fn, again)
+    return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
 
 class GuardState(NamedTuple):
@@ -171,5 +177,11 @@ def with_decayed_weights(
     def again(state, params):
         return decay.update(inner.again(state[0], params), state[1], params)[0]
 
-    reads_params = inner.reads_params or not is_zero(weight_decay)
-    return Guarded.make(init_fn, update_fn, again, reads_params)
+    decays = not is_zero(weight_decay)
+    return Guarded.make(
+        init_fn,
+        update_fn,
+        again,
+        reads_params=inner.reads_params or decays,
+        always_finite=inner.always_finite and not decays,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dartax._blocks import LARGEST_ROOT
 
@@ -20,7 +21,9 @@ def empty(params: PyTree, dtype: Any, kept: bool) -> PyTree:
     """The memory before the first step; arrays without elements where it is not kept."""
 
     def leaf(p):
-        return jnp.zeros(jnp.shape(p) if kept else (0,) * jnp.ndim(p), dtype)
+        if not kept:
+            return jnp.zeros((0,) * jnp.ndim(p), dtype)
+        return jnp.zeros_like(p, dtype=dtype)  # lies where the parameters lie
 
     return jax.tree.map(leaf, params)
 
@@ -36,8 +39,8 @@ def accumulate(
     """z_t = kept * z_{t-1} + weight * u_t, in float32, kept in the dtype of the buffer."""
     z = kept * last.astype(jnp.float32) + weight * direction.astype(jnp.float32)
     # Of greater ones the inner product with any gradient would be infinite.
-    most = min(LARGEST_ROOT, float(jnp.finfo(last.dtype).max))
-    return jnp.clip(z, -most, most).astype(last.dtype)
+    most = np.float32(min(LARGEST_ROOT, float(jnp.finfo(last.dtype).max)))
+    return jax.lax.clamp(-most, z, most).astype(last.dtype)
 
 
 def after(memory: jax.Array, value: jax.Array) -> jax.Array:

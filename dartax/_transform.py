@@ -31,7 +31,7 @@ import optax
 
 from dartax import _blocks, _check, _memory, random
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
-from dartax._inner import Guarded, choose
+from dartax._inner import Guarded, choose, zero_unless
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
 
 # Updates over which a rule sees the user's schedule fall.
@@ -123,15 +123,14 @@ def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> ja
 def fit(tree: PyTree) -> jax.Array:
     """Whether the squares of all elements are finite in float32."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    each = [jnp.all(jnp.abs(leaf.astype(jnp.float32)) < LARGEST_ROOT) for leaf in leaves]
-    return jnp.all(jnp.array(each))
+    each = [jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0) for leaf in leaves]
+    return jnp.all(jnp.stack(each) < LARGEST_ROOT)
 
 
-def scale(direction: jax.Array, rate: jax.Array, finite: jax.Array) -> jax.Array:
-    """``rate * direction`` in the dtype of the direction, or 0; multiplied in float32 at least."""
+def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:
+    """``rate * direction`` in the dtype of the direction, multiplied in float32 at least."""
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
-    scaled = rate.astype(dtype) * direction.astype(dtype)
-    return jax.lax.select(finite, scaled, jnp.zeros_like(scaled)).astype(direction.dtype)
+    return (rate.astype(dtype) * direction.astype(dtype)).astype(direction.dtype)
 
 
 def scale_by_dirichlet(
@@ -149,6 +148,7 @@ def scale_by_dirichlet(
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
     random.check_key(key)
     guarded = isinstance(inner, Guarded)
+    always_finite = guarded and inner.always_finite
     inner = inner if guarded else optax.with_extra_args_support(inner)
     # At horizon 0 the inner transform can stand in for the memory of past steps, if it needs no
     # parameters for it: those of the last step are gone.
@@ -168,20 +168,15 @@ def scale_by_dirichlet(
         weight = _blocks.spread(state.last_multiplier * spent, state.block_index, direction)
         return _memory.rebuild(direction, weight)
 
-    def remember(state, direction, weight, kept, finite, overflows):
-        """The memory z with the new steps; as it was where the step is skipped."""
-        new = jax.tree.map(
+    def remember(state, direction, weight, kept):
+        """The memory z with the new steps."""
+        return jax.tree.map(
             _memory.accumulate,
             direction,
             _blocks.spread(weight, state.block_index, direction),
             state.last_direction,
-            _blocks.spread(f32(horizon) * kept, state.block_index, direction),
+            _blocks.spread(kept, state.block_index, direction),
         )
-        old = state.last_direction
-        if not guarded:
-            # Directions of any size: what overflowed now would do so in every step to come.
-            old = jax.tree.map(lambda z: jnp.where(overflows, jnp.zeros_like(z), z), old)
-        return jax.tree.map(functools.partial(choose, finite), new, old)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -200,7 +195,7 @@ def scale_by_dirichlet(
             block_index=_blocks.block_index(numbers),
             concentration=concentration,
             moments=Moments(hyper_mu=per_block(), hyper_nu=per_block(), hyper_trend=per_block()),
-            weight_rms=_blocks.matrix_rms(params, numbers, num_blocks),
+            weight_rms=_blocks.matrix_rms(params, tuple(numbers), num_blocks),
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),
             last_rates=per_block(),
@@ -267,27 +262,31 @@ def scale_by_dirichlet(
         rates = low + (high - low) * draw.share[:num_blocks]
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions.
-        finite &= jnp.all(jnp.isfinite(multiplier * rates))
+        # 4. Scale the directions. A skipped step has rates of 0.
+        finite = jnp.all(jnp.isfinite(multiplier * rates) & finite)
+        last_rates = _blocks.either(finite, multiplier * rates, 0.0)
         if guarded:
             memory = state.last_direction if remembers else last_steps
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        again = inner.again(inner_state, params) if guarded and remembers else direction
+        if not always_finite:
+            direction, again = zero_unless(finite, direction), zero_unless(finite, again)
         new_direction = state.last_direction
         if remembers:
             weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
+            # Directions of any size: what overflowed now would do so in every step to come.
+            unchanged = 1.0 if guarded else jnp.where(overflows, 0.0, 1.0)
             new_direction = remember(
                 state,
-                inner.again(inner_state, params) if guarded else direction,
-                weight,
-                kept,
-                finite,
-                overflows,
+                again,
+                _blocks.either(finite, weight, 0.0),
+                _blocks.either(finite, f32(horizon) * kept, unchanged),
             )
-        leaf_rates = _blocks.spread(multiplier * rates, index, direction)
+        leaf_rates = _blocks.spread(last_rates, index, direction)
         if guarded and inner.reads_params:
             leaf_rates = jax.tree.map(_memory.after, new_direction, leaf_rates)
-        scaled = jax.tree.map(functools.partial(scale, finite=finite), direction, leaf_rates)
+        scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
         # nothing is kept but the counters, as if the step had not been.
@@ -302,21 +301,20 @@ def scale_by_dirichlet(
             weight_rms=state.weight_rms,
             hypergradient=h,
             last_draw=draw,
-            last_rates=multiplier * rates,
+            last_rates=last_rates,
             last_multiplier=multiplier,
             min_rate=low,
             max_rate=high,
             last_direction=new_direction,
             inner_state=inner_state,
         )
-        kept_state = state._replace(last_direction=new_direction)
+        kept_state = state._replace(last_direction=new_direction, last_rates=last_rates)
         if guarded:
             kept_state = kept_state._replace(inner_state=inner_state)
         new_state = jax.tree.map(functools.partial(choose, finite), new_state, kept_state)
         return scaled, new_state._replace(
             count=optax.safe_increment(state.count),
             skipped=choose(finite, state.skipped, optax.safe_increment(state.skipped)),
-            last_rates=jnp.where(finite, new_state.last_rates, 0.0),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -130,6 +130,18 @@ def test_ends_where_one_device_ends(layout, on_one_device):
     assert sum(extra.values()) <= len(jax.tree.leaves(params)) * len(LAYOUTS[layout][0])
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_state_begins_where_its_parameters_lie(jitted):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    params = jax.device_put(make_params(), NamedSharding(mesh, P("x")))
+    optimizer = dartax.dart()
+    state = (jax.jit(optimizer.init) if jitted else optimizer.init)(params)
+    moments = state[0].inner_state[0]
+    for tree in (state[0].last_direction, moments.mu, moments.nu):
+        for leaf, param in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+            assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
+
+
 @pytest.mark.parametrize("blocks", ["channel", "element"])
 def test_rates_within_tensors_end_where_one_device_ends(blocks, monkeypatch):
     monkeypatch.setattr(_allocation, "LEAST", 64)  # slices of the matrices
@@ -155,6 +167,22 @@ def test_explicit_mesh(on_one_device):
         after, state, _ = train(dartax.dart(init_rate=1e-3), params, batches)
     assert_close(after, expected)
     assert state[0].concentration.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("inner", [None, optax.scale_by_lion()])
+def test_explicit_mesh_with_sharded_parameters(inner):
+    optimizer, ends = dartax.dart(inner=inner, init_rate=1e-3), []
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    for place in (lambda p: p, lambda p: jax.device_put(p, NamedSharding(mesh, P("x")))):
+        params = place(make_params())
+        state = optimizer.init(params)
+        for _ in range(STEPS):
+            updates, state = jax.jit(optimizer.update)(params, state, params)
+            params = optax.apply_updates(params, updates)
+        ends.append(params)
+    assert_close(ends[1], ends[0])
+    kernel = jax.tree.leaves(params)[1]
+    assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), kernel.ndim)
 
 
 def test_shard_map_over_the_data(on_one_device):
