@@ -1,6 +1,6 @@
 """dartax: learning rates as a learned Dirichlet distribution, for JAX."""
 
-from dartax import dirichlet, random
+from dartax import dirichlet, inner, random
 from dartax._dart import dart, scale_by_dart
 from dartax._describe import describe
 from dartax._distill import distill_schedule, scale_by_learning_rates
@@ -22,6 +22,7 @@ __all__ = [
     "dirichlet",
     "distill_schedule",
     "expected_learning_rates",
+    "inner",
     "learning_rate_std",
     "learning_rates",
     "metrics",

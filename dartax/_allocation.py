@@ -33,7 +33,7 @@ import optax
 
 from dartax import random
 from dartax._blocks import LARGEST_ROOT
-from dartax._inner import Guarded, choose, guard
+from dartax._guarded import Guarded, choose, guard
 
 PyTree = Any
 

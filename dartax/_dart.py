@@ -42,7 +42,7 @@ import optax
 from dartax import _check
 from dartax._allocation import GRANULARITIES, allocate
 from dartax._blocks import Blocks
-from dartax._inner import adam, with_decayed_weights
+from dartax._guarded import with_decayed_weights
 from dartax._transform import (
     Context,
     Draw,
@@ -54,6 +54,7 @@ from dartax._transform import (
     moving_average,
     scale_by_dirichlet,
 )
+from dartax.inner import adam
 
 # Of the averages of the gradient: Adam's first moment, the long average that must agree
 # with it, and the second moment. The last is short of Adam's 0.999 because hypergradients
@@ -77,11 +78,6 @@ SURPRISE = 10.0
 MAX_RATIO = 1e6
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
-
-
-def default_inner() -> optax.GradientTransformation:
-    """Adam, whose second moment must not remember the steep beginning of the ramp for long."""
-    return adam(b2=0.99)
 
 
 def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
@@ -191,7 +187,9 @@ def scale_by_dart(
 
     Args:
       inner: Direction of the step, an ``optax.GradientTransformation`` that does not flip
-        the sign. ``None`` is ``optax.scale_by_adam(b2=0.99)``; ``optax.identity()`` is SGD.
+        the sign. ``None`` is ``dartax.inner.adam(b2=0.99)``; ``optax.identity()`` is SGD. Around
+        ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` a step costs less than half of
+        what it costs around those of optax.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
         blocks. From 1e-8 to 1e-4 it hardly matters: the rates grow by a factor of 10 in 5
@@ -255,7 +253,7 @@ def scale_by_dart(
     _check.decay("horizon", horizon)
     _check.floating_dtype("direction_dtype", direction_dtype)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
-    inner = default_inner() if inner is None else inner
+    inner = adam() if inner is None else inner
     if isinstance(blocks, str) and blocks in GRANULARITIES:
         inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
     return scale_by_dirichlet(
@@ -326,7 +324,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     _check.transformation("inner", inner)
     _check.weight_decay(weight_decay)
     _check.mask(mask)
-    direction = default_inner() if inner is None else inner
+    direction = adam() if inner is None else inner
     return optax.chain(
         scale_by_dart(
             with_decayed_weights(direction, weight_decay, mask),

@@ -29,7 +29,7 @@ import optax
 
 from dartax import _check
 from dartax._blocks import Blocks
-from dartax._inner import decayed_weights
+from dartax._guarded import decayed_weights
 from dartax._transform import (
     Moments,
     Number,

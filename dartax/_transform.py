@@ -31,7 +31,7 @@ import optax
 
 from dartax import _blocks, _check, _memory, random
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
-from dartax._inner import Guarded, choose, zero_unless
+from dartax._guarded import Guarded, choose, zero_unless
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
 
 # Updates over which a rule sees the user's schedule fall.

@@ -357,3 +357,42 @@ def test_arrays_and_tracers_are_not_compared_with_their_range():
     # optax.inject_hyperparams hands over arrays whose values are not known yet.
     optax.inject_hyperparams(dartax.dart)(init_rate=1e-3, max_rate=0.5).init(PARAMS)
     dartax.dart(init_rate=jnp.asarray(1e-3)).init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "match"),
+    [
+        (dartax.inner.adam, {"b1": 1.0}, ValueError, r"b1 must be a number in \[0, 1\), got 1.0"),
+        (dartax.inner.adam, {"b2": NAN}, ValueError, r"b2 must be a number in \[0, 1\), got nan"),
+        (dartax.inner.adam, {"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
+        (
+            dartax.inner.adam,
+            {"eps": "1e-8"},
+            TypeError,
+            "eps must be a positive number, got '1e-8'",
+        ),
+        (
+            dartax.inner.momentum,
+            {"decay": -0.1},
+            ValueError,
+            r"decay must be a number in \[0, 1\), got -0.1",
+        ),
+        (
+            dartax.inner.momentum,
+            {"decay": None},
+            TypeError,
+            r"decay must be a number in \[0, 1\), got None",
+        ),
+        (dartax.inner.lion, {"b1": 2}, ValueError, r"b1 must be a number in \[0, 1\), got 2"),
+        (
+            dartax.inner.lion,
+            {"b2": (0.9,)},
+            TypeError,
+            r"b2 must be a number in \[0, 1\), got \(0.9,\)",
+        ),
+    ],
+)
+def test_bad_directions(make, arguments, error, match):
+    with pytest.raises(error, match=match) as caught:
+        make(**arguments)
+    sentence(caught)

@@ -1,6 +1,7 @@
-"""The guarded Adam is optax's, step by step, and dart around either is the same."""
+"""The directions of dartax.inner are optax's, and dart around either is the same."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import dartax
-from dartax import _inner
+from dartax import _guarded
 
 PARAMS = {"kernel": jnp.full((3, 2), 0.5), "bias": jnp.zeros(2)}
 
@@ -30,15 +31,30 @@ def assert_close(got, expected, rtol=1e-6):
     )
 
 
+PAIRS = {
+    "adam": (dartax.inner.adam(), optax.scale_by_adam(b2=0.99)),
+    "momentum": (dartax.inner.momentum(), optax.trace(0.9)),
+    "lion": (dartax.inner.lion(), optax.scale_by_lion()),
+}
+every_pair = pytest.mark.parametrize("name", PAIRS)
+
+
+def averages(state):
+    """The leaves of a state that the guarded transform and that of optax have in common."""
+    return jax.tree.leaves([optax.tree.get(state, name, {}) for name in ("mu", "nu", "trace")])
+
+
+@every_pair
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_guarded_adam_is_adam(dtype, rtol, weight_decay):
+def test_directions_are_those_of_optax(name, dtype, rtol, weight_decay):
     params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
     mask = {"kernel": True, "bias": False}
-    guarded = _inner.with_decayed_weights(_inner.adam(b2=0.99), weight_decay, mask)
-    plain = _inner.with_decayed_weights(optax.scale_by_adam(b2=0.99), weight_decay, mask)
-    assert isinstance(guarded, _inner.Guarded)
-    assert not isinstance(plain, _inner.Guarded)
+    guarded, plain = (
+        _guarded.with_decayed_weights(inner, weight_decay, mask) for inner in PAIRS[name]
+    )
+    assert isinstance(guarded, _guarded.Guarded)
+    assert not isinstance(plain, _guarded.Guarded)
     state, expected_state = guarded.init(params), plain.init(params)
     for gradient in gradients(5, dtype):
         updates, state = guarded.update(gradient, state, params)
@@ -46,26 +62,57 @@ def test_guarded_adam_is_adam(dtype, rtol, weight_decay):
         chex.assert_trees_all_equal_dtypes(updates, expected)
         assert_close(updates, expected, rtol)
         assert_close(guarded.again(state, params), updates, rtol)
-        assert_close(jax.tree.leaves(state), jax.tree.leaves(expected_state), rtol)
+        assert_close(averages(state), averages(expected_state), rtol)
+    assert averages(state)
 
 
-def test_a_skipped_update_leaves_the_state():
-    guarded = _inner.adam()
+@every_pair
+def test_a_skipped_update_leaves_the_state(name):
+    guarded, _ = PAIRS[name]
     (first,) = gradients(1)
     _, state = guarded.update(first, guarded.init(PARAMS))
     poisoned = jax.tree.map(lambda g: g * jnp.nan, first)
-    _, kept = guarded.update(poisoned, state, finite=jnp.asarray(False))
-    chex.assert_trees_all_equal(kept, state)
-    # Also the very first one, which finds no moments to correct.
-    _, kept = guarded.update(poisoned, guarded.init(PARAMS), finite=jnp.asarray(False))
-    chex.assert_trees_all_equal(kept, guarded.init(PARAMS))
+    for before in (state, guarded.init(PARAMS)):  # the very first finds nothing to correct
+        direction, after = guarded.update(poisoned, before, finite=jnp.asarray(False))
+        chex.assert_trees_all_equal(after, before)
+        chex.assert_tree_all_finite(direction)
 
 
+@every_pair
+def test_an_element_whose_square_overflows_stays_out(name):
+    guarded, _ = PAIRS[name]
+    first, second = gradients(2)
+    _, state = guarded.update(first, guarded.init(PARAMS))
+    second["bias"] = second["bias"].at[0].set(1e30)
+    direction, after = guarded.update(second, state)
+    chex.assert_tree_all_finite((direction, after))
+    for old, new in zip(averages(state), averages(after), strict=True):
+        changed = np.asarray(old != new)
+        assert changed.ravel()[1:].all()
+        assert changed.ravel()[0] == (old.ndim == 2)
+
+
+@every_pair
+def test_a_step_copies_nothing_as_large_as_the_parameters(name):
+    """What is donated is overwritten in place, and the old state is read before."""
+    optimizer, params = dartax.dart(inner=PAIRS[name][0]), {"w": jnp.ones((300, 200))}
+    state = optimizer.init(params)
+
+    def step(params, state, gradient):
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
+    copies = re.findall(r"\S+\[300,200\]\S* copy\(", lowered.compile().as_text())
+    assert not copies
+
+
+@every_pair
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_dart_around_either_is_the_same(weight_decay):
+def test_dart_around_either_is_the_same(name, weight_decay):
     make = functools.partial(dartax.dart, init_rate=1e-3, weight_decay=weight_decay)
     runs = []
-    for inner in (None, optax.scale_by_adam(b2=0.99)):
+    for inner in PAIRS[name]:
         optimizer, params = make(inner=inner), PARAMS
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for step, gradient in enumerate(gradients(12)):
@@ -78,11 +125,12 @@ def test_dart_around_either_is_the_same(weight_decay):
     assert_close(runs[0], runs[1], 1e-4)
 
 
-def test_horizon_0_needs_no_memory_of_the_last_step():
-    """The direction that Adam gives again is the one that a buffer would hold."""
+@every_pair
+def test_horizon_0_needs_no_memory_of_the_last_step(name):
+    """The direction that is given again is the one that a buffer would hold."""
     make = functools.partial(dartax.dart, init_rate=1e-3, horizon=0.0, direction_dtype="float32")
     runs = []
-    for inner in (None, optax.scale_by_adam(b2=0.99)):
+    for inner in PAIRS[name]:
         optimizer, params = make(inner=inner), PARAMS
         state, update = optimizer.init(params), jax.jit(optimizer.update)
         for step, gradient in enumerate(gradients(12)):
@@ -92,5 +140,5 @@ def test_horizon_0_needs_no_memory_of_the_last_step():
             params = optax.apply_updates(params, updates)
         runs.append((params, dartax.learning_rates(state, params), state[0].hypergradient))
         kept = [leaf.size for leaf in jax.tree.leaves(state[0].last_direction)]
-        assert kept == ([0, 0] if inner is None else [2, 6])
+        assert kept == ([0, 0] if inner is PAIRS[name][0] else [2, 6])
     assert_close(runs[0], runs[1], 1e-4)

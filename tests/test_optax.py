@@ -19,6 +19,8 @@ ROWS = {
     "dart": dartax.dart,
     "dart_sgd": functools.partial(dartax.dart, inner=optax.identity()),
     "dart_lion": functools.partial(dartax.dart, inner=optax.scale_by_lion()),
+    "dart_inner_lion": functools.partial(dartax.dart, inner=dartax.inner.lion()),
+    "dart_inner_momentum": functools.partial(dartax.dart, inner=dartax.inner.momentum()),
     "dart_muon": lambda **kwargs: dartax.dart(
         inner=optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0)), **kwargs
     ),

@@ -12,6 +12,7 @@ import optax
 
 from dartax import _dart
 from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
+from dartax.inner import adam
 
 
 def frozen(rule: Rule) -> Rule:
@@ -100,7 +101,7 @@ def _factory(
         rule = _dart.dart_rule(concentration, init_rate, 0.0, max_rate)
         transform = scale_by_dirichlet(
             change(rule),
-            _dart.default_inner() if inner is None else inner,
+            adam() if inner is None else inner,
             learning_rate=learning_rate,
             min_rate=0.0,
             max_rate=max_rate,

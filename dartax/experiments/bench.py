@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dart_weight_decay": {"options": {"weight_decay": 1e-4}},
     "dart_horizon_0": {"options": {"horizon": 0.0}},
     "dart_optax_adam": {"inner": "optax_adam"},
+    "dart_momentum": {"inner": "momentum"},
+    "dart_lion": {"inner": "lion"},
     "dart_channel": {"blocks": "channel"},
     "dart_element": {"blocks": "element"},
 }

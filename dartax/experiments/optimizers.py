@@ -18,8 +18,8 @@ INNER: dict[str, Callable[[], optax.GradientTransformation | None]] = {
     "adam": lambda: None,
     "optax_adam": optax.scale_by_adam,
     "sgd": optax.identity,
-    "momentum": lambda: optax.trace(decay=0.9),
-    "lion": optax.scale_by_lion,
+    "momentum": dartax.inner.momentum,
+    "lion": dartax.inner.lion,
 }
 
 

@@ -1,9 +1,10 @@
-"""Inner transforms that spare a step most of what it costs beside Adam.
+"""Inner transforms that a step can skip, and whose directions it can compute again.
 
 Any optax transform can give the directions. Around one that is not known better, a step that may
 be skipped must hold the old state beside the new one, and the directions, needed by the updates and
 by the memory of past steps, are written out and read twice. A :class:`Guarded` transform keeps its
-old state by itself, and its directions can be computed again from its state.
+old state by itself, and its directions can be computed again from its state. Those of
+``dartax.inner`` are.
 """
 
 import functools
@@ -14,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax._blocks import LARGEST_ROOT
-
 PyTree = Any
 
 
@@ -24,8 +23,8 @@ class Guarded(optax.GradientTransformationExtraArgs):
 
     Attributes:
       again: From (state, params) to the direction that the update which returned ``state`` gave, in
-        float32 at least. Written differently, for XLA would find an equal computation and store
-        its result.
+        float32 at least. What is computed for it is written differently, for XLA would find an
+        equal computation and store its result.
       reads_params: Whether ``again`` needs the parameters.
       always_finite: Whether the directions are finite whatever the gradients are.
     """
@@ -62,56 +61,6 @@ def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 def zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
     """``tree``, or zeros."""
     return jax.tree.map(lambda x: jax.lax.select(finite, x, jnp.zeros_like(x)), tree)
-
-
-def widened(tree: PyTree) -> PyTree:
-    """``tree`` with float32 in place of float16, where ``eps`` and small squares would be 0."""
-    is_half = lambda x: jnp.result_type(x) == jnp.float16  # noqa: E731
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_half(x) else x, tree)
-
-
-def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
-    """``optax.scale_by_adam``, guarded; the state is that of optax, in float32 for float16."""
-
-    def init_fn(params):
-        return optax.scale_by_adam(b1, b2, eps).init(widened(params))
-
-    def corrections(state: optax.ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
-        count = jnp.maximum(state.count, 1).astype(jnp.float32)
-        return 1 - b1**count, 1 - b2**count
-
-    def update_fn(updates, state, params=None, *, finite=True, **_):
-        gradient, finite = widened(updates), jnp.asarray(finite)
-        mu = optax.tree.update_moment(gradient, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2)
-        # An infinite square would stay for ever; a reduction to skip it would be a pass more.
-        fits = jax.tree.map(lambda g: finite & (jnp.abs(g) < LARGEST_ROOT), gradient)
-        state = optax.ScaleByAdamState(
-            count=choose(finite, optax.safe_increment(state.count), state.count),
-            mu=jax.tree.map(choose, fits, mu, state.mu),
-            nu=jax.tree.map(choose, fits, nu, state.nu),
-        )
-        c1, c2 = corrections(state)
-
-        def direction(mu, nu, like):
-            u = (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
-            return u.astype(jnp.float16) if jnp.result_type(like) == jnp.float16 else u
-
-        like = updates if params is None else params
-        return jax.tree.map(direction, state.mu, state.nu, like), state
-
-    def again(state, params):
-        del params
-        c1, c2 = corrections(state)
-        scale, shift = c1 * jax.lax.rsqrt(c2), c1 * eps
-
-        def direction(mu, nu):
-            dtype = jnp.promote_types(mu.dtype, jnp.float32)
-            return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
-
-        return jax.tree.map(direction, state.mu, state.nu)
-
-    return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
 
 class GuardState(NamedTuple):

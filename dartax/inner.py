@@ -1,0 +1,206 @@
+"""Directions for ``dart(inner=...)`` that spare a step most of what it costs beside Adam.
+
+Any optax transform can give the directions of DART. Around these a step that may be skipped does
+not hold their old state beside the new one, and the directions, which the updates and the memory of
+past steps both need, are not written out and read twice: see :class:`dartax._guarded.Guarded`.
+They are optax's ``scale_by_adam``, ``trace`` and ``scale_by_lion`` otherwise, and can stand alone.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dartax import _check
+from dartax._blocks import LARGEST_ROOT
+from dartax._guarded import Guarded, choose
+
+PyTree = Any
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """``tree`` with float32 in place of float16, where ``eps`` and small squares would be 0."""
+    is_half = lambda x: jnp.result_type(x) == jnp.float16  # noqa: E731
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if is_half(x) else x, tree)
+
+
+def _as_half(direction: jax.Array, like: Any) -> jax.Array:
+    """``direction`` in float16 where ``like``, a parameter or its gradient, is."""
+    is_half = jnp.result_type(like) == jnp.float16
+    return direction.astype(jnp.float16) if is_half else direction
+
+
+def _fits(gradient: PyTree, finite: Any) -> PyTree:
+    """Which elements may enter an average.
+
+    An infinite square would stay there for ever, and a reduction to skip its whole step would be a
+    pass more.
+    """
+    return jax.tree.map(lambda g: finite & (jnp.abs(g) < LARGEST_ROOT), gradient)
+
+
+def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
+    """Adam's directions, as ``optax.scale_by_adam`` gives them; the default of ``dart``.
+
+    Args:
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1). Shorter than the usual 0.999, for it must not
+        remember the steep beginning of the ramp for long.
+      eps: Added to the root of the second moment, positive.
+
+    Returns:
+      A transform with state ``optax.ScaleByAdamState``, 8 bytes per float32 parameter; moments of
+      float16 parameters are float32.
+
+    Raises:
+      ValueError: If a number is outside its range.
+      TypeError: If an argument is no number.
+
+    Examples:
+      >>> import dartax
+      >>> optimizer = dartax.dart(inner=dartax.inner.adam(b2=0.999))
+    """
+    _check.decay("b1", b1)
+    _check.decay("b2", b2)
+    _check.number("eps", eps, "a positive number", lambda v: v > 0, "1e-8 is usual")
+
+    def init_fn(params):
+        return optax.scale_by_adam(b1, b2, eps).init(_widened(params))
+
+    def corrections(state: optax.ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
+        count = jnp.maximum(state.count, 1).astype(jnp.float32)
+        return 1 - b1**count, 1 - b2**count
+
+    def update_fn(updates, state, params=None, *, finite=True, **_):
+        gradient, finite = _widened(updates), jnp.asarray(finite)
+        fits = _fits(gradient, finite)
+        mu = optax.tree.update_moment(gradient, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2)
+        state = optax.ScaleByAdamState(
+            count=choose(finite, optax.safe_increment(state.count), state.count),
+            mu=jax.tree.map(choose, fits, mu, state.mu),
+            nu=jax.tree.map(choose, fits, nu, state.nu),
+        )
+        c1, c2 = corrections(state)
+
+        def direction(mu, nu, like):
+            u = (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
+            return _as_half(u, like)
+
+        like = updates if params is None else params
+        return jax.tree.map(direction, state.mu, state.nu, like), state
+
+    def again(state, params):
+        del params
+        c1, c2 = corrections(state)
+        scale, shift = c1 * jax.lax.rsqrt(c2), c1 * eps
+
+        def direction(mu, nu):
+            dtype = jnp.promote_types(mu.dtype, jnp.float32)
+            return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
+
+        return jax.tree.map(direction, state.mu, state.nu)
+
+    return Guarded.make(init_fn, update_fn, again, always_finite=True)
+
+
+def momentum(decay: float = 0.9) -> Guarded:
+    """The heavy ball of Polyak (1964), as ``optax.trace`` gives it.
+
+    Args:
+      decay: Of the sum of past gradients, in [0, 1).
+
+    Returns:
+      A transform with state ``optax.TraceState``, 4 bytes per float32 parameter; sums of float16
+      gradients are float32.
+
+    Raises:
+      ValueError: If ``decay`` is outside its range.
+      TypeError: If it is no number.
+
+    Examples:
+      >>> import dartax
+      >>> optimizer = dartax.dart(inner=dartax.inner.momentum(0.9))
+    """
+    _check.decay("decay", decay)
+
+    def init_fn(params):
+        return optax.trace(decay).init(_widened(params))
+
+    def update_fn(updates, state, params=None, *, finite=True, **_):
+        gradient = _widened(updates)
+        moved = jax.tree.map(lambda g, t: g + decay * t, gradient, state.trace)
+        trace = jax.tree.map(choose, _fits(gradient, finite), moved, state.trace)
+        like = updates if params is None else params
+        return jax.tree.map(_as_half, trace, like), optax.TraceState(trace)
+
+    def again(state, params):
+        del params
+        return state.trace
+
+    return Guarded.make(init_fn, update_fn, again, always_finite=True)
+
+
+class LionState(NamedTuple):
+    """State of :func:`lion`.
+
+    Attributes:
+      mu: Average of the gradients, a tree like the parameters.
+      sign: The last direction, int8, a tree like the parameters.
+    """
+
+    mu: PyTree
+    sign: PyTree
+
+
+def lion(b1: float = 0.9, b2: float = 0.99) -> Guarded:
+    """The directions of Lion (Chen et al., 2023, arXiv:2302.06675), as ``optax.scale_by_lion``.
+
+    Args:
+      b1: Weight of the average, beside the gradient, in the direction, in [0, 1).
+      b2: Decay of the average, in [0, 1).
+
+    Returns:
+      A transform with state ``LionState``, 5 bytes per float32 parameter; averages of float16
+      gradients are float32.
+
+    Raises:
+      ValueError: If a number is outside its range.
+      TypeError: If an argument is no number.
+
+    Examples:
+      >>> import dartax
+      >>> optimizer = dartax.dart(inner=dartax.inner.lion())
+    """
+    _check.decay("b1", b1)
+    _check.decay("b2", b2)
+
+    def init_fn(params):
+        return LionState(
+            mu=jax.tree.map(jnp.zeros_like, _widened(params)),
+            sign=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int8), params),
+        )
+
+    def update_fn(updates, state, params=None, *, finite=True, **_):
+        gradient = _widened(updates)
+        fits = _fits(gradient, finite)
+
+        def new_sign(fits, g, mu, last):
+            return choose(fits, jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last)
+
+        sign = jax.tree.map(new_sign, fits, gradient, state.mu, state.sign)
+        # What all signs are: read here, they are computed before the average is overwritten, of
+        # which XLA would else keep a copy for them.
+        fits = jax.tree.map(lambda fits, sign: fits & (sign <= 1), fits, sign)
+        mu = optax.tree.update_moment(gradient, state.mu, b2, 1)
+        state = LionState(jax.tree.map(choose, fits, mu, state.mu), sign)
+        like = updates if params is None else params
+        directions = jax.tree.map(lambda s, like: s.astype(jnp.result_type(like)), sign, like)
+        return directions, state
+
+    def again(state, params):
+        del params
+        return jax.tree.map(lambda sign: sign.astype(jnp.float32), state.sign)
+
+    return Guarded.make(init_fn, update_fn, again, always_finite=True)
