@@ -124,7 +124,7 @@ def fit(tree: PyTree) -> jax.Array:
     """Whether the squares of all elements are finite in float32."""
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     each = [jnp.max(jnp.abs(leaf.astype(jnp.float32)), initial=0.0) for leaf in leaves]
-    return jnp.all(jnp.stack(each) < LARGEST_ROOT)
+    return jnp.all(jnp.asarray(each) < LARGEST_ROOT)
 
 
 def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:

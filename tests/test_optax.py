@@ -258,6 +258,14 @@ def test_trees(make, params):
     assert_step_keeps_types(make(), params)
 
 
+@every_row
+def test_a_label_of_a_partition_that_nobody_has(make):
+    optimizer = optax.partition({"used": make(), "unused": make()}, lambda _: "used")
+    params = make_params()
+    state = assert_step_keeps_types(optimizer, params)
+    assert set(state.inner_states) == {"used", "unused"}
+
+
 def test_a_size_zero_leaf_leaves_the_others_finite():
     params = {"empty": jnp.ones((0, 2)), "used": jnp.ones(3)}
     optimizer = dartax.dart()
