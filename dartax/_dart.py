@@ -151,7 +151,8 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
-        moved = current * jnp.exp(jnp.append(change, 0.0))
+        factor = jnp.exp(change)
+        moved = current * jnp.append(factor, 1.0)
 
         # The means do not change where all concentrations, the slack's too, grow by one factor.
         least, greatest = jnp.min(moved[:-1], initial=jnp.inf), jnp.max(moved[:-1], initial=0.0)
@@ -159,7 +160,7 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
         # Past steps count as no longer than the rate that was taken back would make them.
-        return moved, Moments(mu, nu, trend), jnp.exp(jnp.minimum(change, 0.0))
+        return moved, Moments(mu, nu, trend), jnp.minimum(factor, 1.0)
 
     return Rule(init, learn, of_log=True)
 

@@ -165,7 +165,7 @@ def _attach_jvp(primals, tangents):
     return log_x, log_derivative(log_x, a) / a * a_dot
 
 
-def _words(seed: jax.Array, number: int) -> jax.Array:
+def _words(seed: jax.Array, number: int | np.ndarray) -> jax.Array:
     """The ``number``-th random word that follows from a random word: steps, and mixed bits.
 
     The steps and the mixing of 64 bits are those of SplitMix64 (Steele et al., 2014); 32 bits have
@@ -175,7 +175,7 @@ def _words(seed: jax.Array, number: int) -> jax.Array:
         32: (0x9E3779B9, (16, 15, 16), (0x7FEB352D, 0x846CA68B)),
         64: (0x9E3779B97F4A7C15, (30, 27, 31), (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)),
     }[seed.dtype.itemsize * 8]
-    word = seed + seed.dtype.type(number * step % 2 ** (seed.dtype.itemsize * 8))
+    word = seed + jnp.asarray(number, seed.dtype) * seed.dtype.type(step)
     for shift, multiplier in zip(shifts, (*multipliers, 1), strict=True):
         word = (word ^ (word >> shift)) * seed.dtype.type(multiplier)
     return word
@@ -213,9 +213,11 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
     d = jnp.where(boosted, a + 1, a).astype(dtype) - dtype.type(1 / 3)
     scale = jax.lax.rsqrt(4.5 * d)
 
+    numbers = np.arange(_PROPOSALS).reshape(-1, *[1] * a.ndim)
+    proposals = _normal(_words(normal_seed[None], numbers), dtype) * scale[None]
     chosen = jnp.zeros_like(d)  # the mode, where none is accepted
     for number in reversed(range(_PROPOSALS)):
-        y = _normal(_words(normal_seed, number), dtype) * scale
+        y = proposals[number]
         valid = y > -1
         log1p = jnp.log1p(jnp.where(valid, y, 0.0))
         series = -(y**4) * (1 / 4 - y * (1 / 5 - y * (1 / 6 - y * (1 / 7 - y / 8))))
