@@ -26,9 +26,11 @@ def _widened(tree: PyTree) -> PyTree:
 
 
 def _as_half(direction: jax.Array, like: Any) -> jax.Array:
-    """``direction`` in float16 where ``like``, a parameter or its gradient, is."""
-    is_half = jnp.result_type(like) == jnp.float16
-    return direction.astype(jnp.float16) if is_half else direction
+    """``direction`` in float16, as far as that goes, where ``like``, such as a parameter, is."""
+    if jnp.result_type(like) != jnp.float16:
+        return direction
+    most = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(direction, -most, most).astype(jnp.float16)
 
 
 def _fits(gradient: PyTree, finite: Any) -> PyTree:

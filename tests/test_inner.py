@@ -93,6 +93,17 @@ def test_an_element_whose_square_overflows_stays_out(name):
 
 
 @every_pair
+def test_directions_fit_into_float16(name):
+    guarded, _ = PAIRS[name]
+    params = {"w": jnp.ones(3, jnp.float16)}
+    state = guarded.init(params)
+    for _ in range(20):
+        direction, state = guarded.update({"w": jnp.full(3, 6e4, jnp.float16)}, state, params)
+        assert direction["w"].dtype == jnp.float16
+        chex.assert_tree_all_finite((direction, state))
+
+
+@every_pair
 def test_a_step_copies_nothing_as_large_as_the_parameters(name):
     """What is donated is overwritten in place, and the old state is read before."""
     optimizer, params = dartax.dart(inner=PAIRS[name][0]), {"w": jnp.ones((300, 200))}
