@@ -133,9 +133,10 @@ def test_ends_where_one_device_ends(layout, on_one_device):
 @pytest.mark.parametrize("jitted", [False, True])
 def test_state_begins_where_its_parameters_lie(jitted):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
-    params = jax.device_put(make_params(), NamedSharding(mesh, P("x")))
     optimizer = dartax.dart()
-    state = (jax.jit(optimizer.init) if jitted else optimizer.init)(params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(make_params(), NamedSharding(mesh, P("x")))
+        state = (jax.jit(optimizer.init) if jitted else optimizer.init)(params)
     moments = state[0].inner_state[0]
     for tree in (state[0].last_direction, moments.mu, moments.nu):
         for leaf, param in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
