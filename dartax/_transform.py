@@ -262,7 +262,8 @@ def scale_by_dirichlet(
         rates = low + (high - low) * draw.share[:num_blocks]
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions. A skipped step has rates of 0.
+        # 4. Scale the directions. A skipped step has rates of 0. The last word on whether it is one
+        # is a reduction, for the reason that _blocks.either gives.
         finite = jnp.all(jnp.isfinite(multiplier * rates) & finite)
         last_rates = _blocks.either(finite, multiplier * rates, 0.0)
         if guarded:
