@@ -163,8 +163,14 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
 def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
     """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
     structure: Any = jax.tree.structure(tree)
-    scalars = [jax.lax.dynamic_slice(values, [block], [1]).reshape(()) for block in index]
-    return jax.tree.unflatten(structure, scalars)
+
+    def scalar(block: jax.Array) -> jax.Array:
+        # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
+        # same array, else those of many leaves, and what it tears apart for that is read twice.
+        own, block = jax.lax.optimization_barrier((values, block))
+        return jax.lax.dynamic_slice(own, [block], [1]).reshape(())
+
+    return jax.tree.unflatten(structure, [scalar(block) for block in index])
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -43,12 +43,25 @@ def accumulate(
     return jax.lax.clamp(-most, z, most).astype(last.dtype)
 
 
-def after(memory: jax.Array, value: jax.Array) -> jax.Array:
-    """``value``, which XLA must compute after ``memory``; NaN where ``memory`` begins with NaN.
+def after(memory: PyTree, values: PyTree) -> PyTree:
+    """``values``, scalars, which XLA on a CPU must compute after ``memory``.
 
     New parameters are written over the old ones, without a copy of these, only where the program
-    shows that all that reads the old ones has been computed before.
+    shows that all that reads the old ones has been computed before. So the values are NaN where
+    their leaf of the memory begins with NaN. On a GPU one kernel computes the memory and the
+    parameters, and this would tear it apart.
     """
-    if memory.size == 0:
-        return value
-    return jnp.where(jnp.isnan(memory[(0,) * memory.ndim]), jnp.nan, value)
+
+    def ordered(memory: PyTree, values: PyTree) -> PyTree:
+        def one(leaf, value):
+            if leaf.size == 0:
+                return value
+            return jnp.where(jnp.isnan(leaf[(0,) * leaf.ndim]), jnp.nan, value)
+
+        return jax.tree.map(one, memory, values)
+
+    def fused(memory: PyTree, values: PyTree) -> PyTree:
+        del memory
+        return values
+
+    return jax.lax.platform_dependent(memory, values, cpu=ordered, default=fused)

@@ -286,7 +286,7 @@ def scale_by_dirichlet(
             )
         leaf_rates = _blocks.spread(last_rates, index, direction)
         if guarded and inner.reads_params:
-            leaf_rates = jax.tree.map(_memory.after, new_direction, leaf_rates)
+            leaf_rates = _memory.after(new_direction, leaf_rates)
         scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient
