@@ -2,9 +2,13 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from dartax.experiments import cli
+from dartax.experiments import bench, cli, compiled
+
+CONFIGS = Path(__file__).parents[1] / "configs/bench"
 
 
 def test_bench_measures_and_draws(capsys):
@@ -46,8 +50,61 @@ def test_bench_measures_and_draws(capsys):
         (["--draws", "-1"], "draws must be at least 0, got -1; pass 1000000."),
         (["--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
         (["--workdir", "/dev/null/a"], "workdir must be a writable folder, got '/dev/null/a'"),
+        (["--compile-for", "none"], "compile-for must be a file that can be read, got 'none' .* pass e.g. configs/bench/h100.txtpb."),
+        (["--compile-for", __file__], "compile-for must describe a GPU .* pip install jax-cuda12-plugin==.* or mend the description."),
     ],
 )  # fmt: skip
 def test_bad_bench(arguments, match, capsys):
     assert cli.main(["bench", *arguments]) == 2
     assert re.search(match.replace("?", "[?]"), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["adamw", "dart"])
+def test_traffic_is_what_xla_says(name):
+    optimizer, step = bench.make_step(name)
+    params = bench.make_params(bench.Size(10_000, 4), jnp.bfloat16)
+    state = optimizer.init(params)
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    found = compiled.traffic(program.as_text())
+    assert found.bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.02)
+    assert found.kernels >= 4
+
+
+def test_traffic_of_a_program():
+    hlo = """HloModule step
+
+%fused_add (a: f32[3,2]) -> f32[3,2] {
+  %a = f32[3,2]{1,0} parameter(0)
+  ROOT %b = f32[3,2]{1,0} add(%a, %a)
+}
+
+ENTRY %main (x: f32[3,2], k: s4[8], z: bf16[0]) -> (f32[3,2], pred[6]) {
+  %x = f32[3,2]{1,0} parameter(0)
+  %k = s4[8]{0:E(4)} parameter(1)
+  %z = bf16[0]{0} parameter(2)
+  %copy = bf16[0]{0} copy(%z)
+  %fusion = (f32[3,2]{1,0}, /*index=1*/pred[6]{0}) fusion(%x, /*index=1*/%k), kind=kLoop, calls=%fused_add
+  %first = f32[3,2]{1,0} get-tuple-element(%fusion), index=0
+  %rest = pred[6]{0} get-tuple-element(%fusion), index=1
+  ROOT %all = (f32[3,2]{1,0}, pred[6]{0}) tuple(%first, %rest)
+}
+"""
+    assert compiled.traffic(hlo) == (1, 24 + 4 + 24 + 6)
+
+
+def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(capsys):
+    """Moments, memory and parameters move once, with weight decay too; 6 more are the dots."""
+    pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs JAX's plugin for it")
+    names = ["dart", "dart_weight_decay", "dart_horizon_0", "dart_momentum", "dart_optax_adam"]
+    arguments = ["--compile-for", str(CONFIGS / "h100.txtpb"), "--sizes", "1e6x12"]
+    assert cli.main(["bench", *arguments, "--workdir", "a", "--optimizers", *names]) == 0
+    assert "NVIDIA H100" in capsys.readouterr().out
+    (rows,) = json.loads(Path("a/compiled.json").read_text())["sizes"].values()
+    assert {name: round(row["bytes"]) for name, row in rows.items()} == {
+        "adamw": 28,
+        "dart": 38,
+        "dart_weight_decay": 38,
+        "dart_horizon_0": 40,
+        "dart_momentum": 30,
+        "dart_optax_adam": 38,
+    }

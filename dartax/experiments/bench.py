@@ -79,24 +79,30 @@ def make_params(size: Size, dtype: Any) -> PyTree:
     ]
 
 
+def make_step(name: str) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Any]]:
+    """An optimizer, and its step: from parameters, state and gradients to the next two."""
+    variant = VARIANTS.get(name, {})
+    known: Any = "dart" if variant else name  # checked by check
+    rate = 1.0 if optimizers.has_rates(known) else 1e-3
+    config = OptimizerConfig(name=known, learning_rate=rate, **variant)
+    optimizer = optax.with_extra_args_support(optimizers.build(config, HORIZON))
+
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params, value=jnp.ones([]))
+        return optax.apply_updates(params, updates), state
+
+    return optimizer, step
+
+
 class Contender:
     """A compiled step of one optimizer, with its own parameters and state, and what it took."""
 
     def __init__(self, name: str, size: Size, dtype: Any):
-        """Compiles the step: update and application, parameters and state donated."""
-        variant = VARIANTS.get(name, {})
-        known: Any = "dart" if variant else name  # checked by run
-        rate = 1.0 if optimizers.has_rates(known) else 1e-3
-        config = OptimizerConfig(name=known, learning_rate=rate, **variant)
-        optimizer = optimizers.build(config, HORIZON)
+        """Compiles the step, parameters and state donated."""
+        optimizer, step = make_step(name)
         self.params = make_params(size, dtype)
         # Copies: some optimizers put the parameters themselves into their state.
         self.state = jax.tree.map(jnp.copy, optimizer.init(self.params))
-
-        def step(params, state, grads):
-            updates, state = optimizer.update(grads, state, params, value=jnp.ones([]))
-            return optax.apply_updates(params, updates), state
-
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.params)
         self.trace_s = time.perf_counter() - start
@@ -200,6 +206,22 @@ def measure(size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any)
     }
 
 
+def check(sizes: Sequence[str], names: Sequence[str], dtype: str) -> tuple[list[Size], list[str]]:
+    """The sizes, read, and the optimizers, the target in front.
+
+    Raises:
+      ConfigError: If one of them, or ``dtype``, is unknown.
+    """
+    for name in names:
+        known = [*optimizers.FACTORY, *VARIANTS]
+        if name not in known:
+            raise ConfigError(f"optimizers must be known, got {name!r}; {nearest(name, known)}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}; pass one.")
+    parsed = [Size.parse(text) for text in sizes]
+    return parsed, [TARGET, *(name for name in dict.fromkeys(names) if name != TARGET)]
+
+
 def run(
     sizes: Sequence[str],
     names: Sequence[str],
@@ -227,18 +249,11 @@ def run(
     Raises:
       ConfigError: If an argument makes no benchmark.
     """
-    for name in names:
-        known = [*optimizers.FACTORY, *VARIANTS]
-        if name not in known:
-            raise ConfigError(f"optimizers must be known, got {name!r}; {nearest(name, known)}")
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}; pass 10.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}; pass one.")
     if draws < 0:
         raise ConfigError(f"draws must be at least 0, got {draws}; pass 1000000.")
-    parsed = [Size.parse(text) for text in sizes]
-    names = [TARGET, *(name for name in dict.fromkeys(names) if name != TARGET)]
+    parsed, names = check(sizes, names, dtype)
     workdir = Path(workdir)
     make_folder(workdir)
     total = len(parsed) * len(names) * (rounds + 1)

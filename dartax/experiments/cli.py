@@ -68,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     bench_parser.add_argument("--dtype", default="float32", help="of parameters and gradients")
     bench_parser.add_argument("--rounds", type=int, default=10, help="turns of every optimizer")
     bench_parser.add_argument("--draws", type=int, default=10**6, help="gamma draws to time")
+    bench_parser.add_argument(
+        "--compile-for",
+        metavar="FILE",
+        help="description of a GPU: only compile for it, and count what a step would move",
+    )
     bench_parser.add_argument("--workdir", default="runs/bench", help="folder of the results")
     soak_parser = commands.add_parser(
         "soak",
@@ -168,11 +173,22 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     """``dartax bench``."""
-    from dartax.experiments import bench
+    from dartax.experiments import bench, compiled
 
+    names = bench.DEFAULT if arguments.optimizers is None else arguments.optimizers
+    if arguments.compile_for is not None:
+        counted = compiled.run(
+            arguments.compile_for,
+            arguments.sizes,
+            names,
+            dtype=arguments.dtype,
+            workdir=arguments.workdir,
+        )
+        print(compiled.table(counted))
+        return 0
     content = bench.run(
         arguments.sizes,
-        bench.DEFAULT if arguments.optimizers is None else arguments.optimizers,
+        names,
         dtype=arguments.dtype,
         rounds=arguments.rounds,
         draws=arguments.draws,
