@@ -85,9 +85,8 @@ def device(description: Path) -> jax.Device:
     except Exception as error:  # JAX has no common one
         raise ConfigError(
             f"compile-for must describe a GPU that JAX can compile for, got '{description}' "
-            f"({str(error).splitlines()[0]}); pip install "
-            f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__} "
-            "nvidia-cuda-nvcc-cu12 and set JAX_PLATFORMS=cpu, or mend the description."
+            f"({str(error).splitlines()[0]}); pip install jax-cuda12-plugin=={jax.__version__} "
+            f"jax-cuda12-pjrt=={jax.__version__} and set JAX_PLATFORMS=cpu, or mend the description."
         ) from error
     return topology.devices[0]
 
