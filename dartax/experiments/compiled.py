@@ -86,7 +86,8 @@ def device(description: Path) -> jax.Device:
         raise ConfigError(
             f"compile-for must describe a GPU that JAX can compile for, got '{description}' "
             f"({str(error).splitlines()[0]}); pip install jax-cuda12-plugin=={jax.__version__} "
-            f"jax-cuda12-pjrt=={jax.__version__} and set JAX_PLATFORMS=cpu, or mend the description."
+            f"jax-cuda12-pjrt=={jax.__version__} and set JAX_PLATFORMS=cpu, or mend the "
+            "description."
         ) from error
     return topology.devices[0]
 
