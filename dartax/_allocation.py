@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
 from dartax import random
 from dartax._blocks import LARGEST_ROOT
@@ -305,6 +306,25 @@ def renew(
     )
 
 
+def auto_sharded(function: Any, *arguments: PyTree) -> Any:
+    """``function(*arguments)``, which returns a tree like the first of them, on any mesh.
+
+    An explicit mesh asks of every slice and reshape where its result shall lie. Here XLA chooses,
+    and only the result lies where its argument does.
+    """
+    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arguments)]
+    mesh = next((one.mesh for one in shardings if one.mesh.explicit_axes), None)
+    if mesh is None:
+        return function(*arguments)
+
+    def place(leaf):
+        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
+
+    return jax.sharding.auto_axes(
+        function, axes=mesh.explicit_axes, out_sharding=jax.tree.map(place, arguments[0])
+    )(*arguments)
+
+
 def allocate(
     inner: optax.GradientTransformation, granularity: str, concentration: Any, key: Any
 ) -> Guarded:
@@ -335,7 +355,14 @@ def allocate(
     def update_fn(updates, state, params=None, *, finite=True, memory, grad=None, **extra_args):
         gradient = updates if grad is None else grad
         finite = jnp.asarray(finite)
-        new = renew(state, gradient, memory, concentration, finite)
+        new = auto_sharded(
+            renew,
+            state._replace(inner_state=()),
+            gradient,
+            memory,
+            jnp.asarray(concentration, jnp.float32),
+            finite,
+        )
         direction, inner_state = inner.update(
             updates, state.inner_state, params, finite=finite, **extra_args
         )

@@ -50,11 +50,13 @@ def after(memory: PyTree, values: PyTree) -> PyTree:
     shows that all that reads the old ones has been computed before. So the values are NaN where
     their leaf of the memory begins with NaN. On a GPU one kernel computes the memory and the
     parameters, and this would tear it apart.
+
+    Not so where the leaf is split over an explicit mesh: its first element lies on one device.
     """
 
     def ordered(memory: PyTree, values: PyTree) -> PyTree:
         def one(leaf, value):
-            if leaf.size == 0:
+            if leaf.size == 0 or any(jax.typeof(leaf).sharding.spec):
                 return value
             return jnp.where(jnp.isnan(leaf[(0,) * leaf.ndim]), jnp.nan, value)
 

@@ -170,9 +170,19 @@ def test_explicit_mesh(on_one_device):
     assert state[0].concentration.sharding.is_fully_replicated
 
 
-@pytest.mark.parametrize("inner", [None, optax.scale_by_lion()])
-def test_explicit_mesh_with_sharded_parameters(inner):
-    optimizer, ends = dartax.dart(inner=inner, init_rate=1e-3), []
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"inner": optax.scale_by_lion()},
+        {"weight_decay": 0.1},
+        {"blocks": "channel"},
+        {"blocks": "element", "weight_decay": 0.1},
+    ],
+)
+def test_explicit_mesh_with_sharded_parameters(options, monkeypatch):
+    monkeypatch.setattr(_allocation, "LEAST", 64)  # slices of the matrices
+    optimizer, ends = dartax.dart(init_rate=1e-3, **options), []
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     for place in (lambda p: p, lambda p: jax.device_put(p, NamedSharding(mesh, P("x")))):
         params = place(make_params())
@@ -184,6 +194,8 @@ def test_explicit_mesh_with_sharded_parameters(inner):
     assert_close(ends[1], ends[0])
     kernel = jax.tree.leaves(params)[1]
     assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P("x")), kernel.ndim)
+    rates = jax.tree.leaves(dartax.expected_learning_rates(state, params))
+    assert all(bool(jnp.all(rate > 0)) for rate in rates)
 
 
 def test_shard_map_over_the_data(on_one_device):
@@ -206,7 +218,9 @@ def test_shard_map_over_the_data(on_one_device):
     assert_close(params, expected)
 
 
-@pytest.mark.parametrize("make", [dartax.dart, dartax.paper_dart])
+@pytest.mark.parametrize(
+    "make", [dartax.dart, functools.partial(dartax.dart, weight_decay=0.1), dartax.paper_dart]
+)
 def test_update_lowers_for_every_platform(make):
     optimizer, params = make(), make_params()
     state = optimizer.init(params)
