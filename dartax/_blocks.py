@@ -160,17 +160,20 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
     return jnp.max(jnp.where(chosen, rows, -jnp.inf), axis=0)
 
 
-def spread(values: jax.Array, index: BlockIndex, tree: PyTree) -> PyTree:
-    """A tree shaped like ``tree`` whose leaves are the scalars of their blocks."""
+def spread(index: BlockIndex, tree: PyTree, *values: jax.Array) -> list[PyTree]:
+    """For each of ``values``, ``[K]``, a tree like ``tree`` with the scalars of its blocks."""
     structure: Any = jax.tree.structure(tree)
 
-    def scalar(block: jax.Array) -> jax.Array:
+    def scalars(block: jax.Array) -> list[jax.Array]:
         # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
         # same array, else those of many leaves, and what it tears apart for that is read twice.
-        own, block = jax.lax.optimization_barrier((values, block))
-        return jax.lax.dynamic_slice(own, [block], [1]).reshape(())
+        block, *own = jax.lax.optimization_barrier((block, *values))
+        return [jax.lax.dynamic_slice(array, [block], [1]).reshape(()) for array in own]
 
-    return jax.tree.unflatten(structure, [scalar(block) for block in index])
+    of_leaves = [scalars(block) for block in index]
+    return [
+        jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
+    ]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -165,18 +165,8 @@ def scale_by_dirichlet(
         share = state.last_draw.share[: state.last_rates.shape[0]]
         spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
         direction = inner.again(state.inner_state, params)
-        weight = _blocks.spread(state.last_multiplier * spent, state.block_index, direction)
+        (weight,) = _blocks.spread(state.block_index, direction, state.last_multiplier * spent)
         return _memory.rebuild(direction, weight)
-
-    def remember(state, direction, weight, kept):
-        """The memory z with the new steps."""
-        return jax.tree.map(
-            _memory.accumulate,
-            direction,
-            _blocks.spread(weight, state.block_index, direction),
-            state.last_direction,
-            _blocks.spread(kept, state.block_index, direction),
-        )
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -278,13 +268,18 @@ def scale_by_dirichlet(
             weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
             # Directions of any size: what overflowed now would do so in every step to come.
             unchanged = 1.0 if guarded else jnp.where(overflows, 0.0, 1.0)
-            new_direction = remember(
-                state,
-                again,
+            leaf_rates, leaf_weights, leaf_kept = _blocks.spread(
+                index,
+                direction,
+                last_rates,
                 _blocks.either(finite, weight, 0.0),
                 _blocks.either(finite, f32(horizon) * kept, unchanged),
             )
-        leaf_rates = _blocks.spread(last_rates, index, direction)
+            new_direction = jax.tree.map(
+                _memory.accumulate, again, leaf_weights, state.last_direction, leaf_kept
+            )
+        else:
+            (leaf_rates,) = _blocks.spread(index, direction, last_rates)
         if guarded and inner.reads_params:
             leaf_rates = _memory.after(new_direction, leaf_rates)
         scaled = jax.tree.map(scale, direction, leaf_rates)
