@@ -22,7 +22,7 @@ from dartax.experiments.scores import aligned
 # What the entry computation names without a kernel behind it.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Traffic(NamedTuple):
@@ -42,7 +42,7 @@ def _array_bytes(shape: str) -> float:
     """The size of the arrays in an HLO shape, such as ``(f32[3,2]{1,0}, bf16[])``."""
     return sum(
         math.prod(map(int, filter(None, dimensions.split(",")))) * int(bits or 8) / 8
-        for _, bits, dimensions in _ARRAY.findall(shape)
+        for bits, dimensions in _ARRAY.findall(shape)
     )
 
 
