@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from dartax import random
 from dartax._blocks import LARGEST_ROOT
 from dartax._guarded import Guarded, choose, guard
+from dartax._mesh import auto_sharded
 
 PyTree = Any
 
@@ -306,25 +306,6 @@ def renew(
     )
 
 
-def auto_sharded(function: Any, *arguments: PyTree) -> Any:
-    """``function(*arguments)``, which returns a tree like the first of them, on any mesh.
-
-    An explicit mesh asks of every slice and reshape where its result shall lie. Here XLA chooses,
-    and only the result lies where its argument does.
-    """
-    shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves(arguments)]
-    mesh = next((one.mesh for one in shardings if one.mesh.explicit_axes), None)
-    if mesh is None:
-        return function(*arguments)
-
-    def place(leaf):
-        return NamedSharding(mesh, jax.typeof(leaf).sharding.spec)
-
-    return jax.sharding.auto_axes(
-        function, axes=mesh.explicit_axes, out_sharding=jax.tree.map(place, arguments[0])
-    )(*arguments)
-
-
 def allocate(
     inner: optax.GradientTransformation, granularity: str, concentration: Any, key: Any
 ) -> Guarded:
@@ -369,9 +350,9 @@ def allocate(
         direction = jax.tree.map(times, direction, new.shares.within_factor)
         return direction, new._replace(inner_state=inner_state)
 
-    def again(state, params):
-        direction = inner.again(state.inner_state, params)
-        return jax.tree.map(times, direction, state.shares.within_factor)
+    def again(state, params, part):
+        direction = inner.again(state.inner_state, params, part)
+        return jax.tree.map(times, direction, part(state.shares.within_factor))
 
     return Guarded.make(
         init_fn,

@@ -11,6 +11,7 @@ import optax
 
 PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
+Shape = Callable[[tuple[int, ...]], tuple[int, ...]]
 BlockIndex = tuple[jax.Array, ...] | jax.Array
 
 # The squares of numbers from here on leave float32.
@@ -55,18 +56,27 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
-    """Raises unless the gradient has the tree structure and shapes of ``template``."""
+def check_updates(name: str, updates: PyTree, template: PyTree, shape: Shape) -> None:
+    """Raises unless the gradient has the tree structure and shapes of ``template``.
+
+    Args:
+      name: Of the argument.
+      updates: The gradient, or another tree like the parameters.
+      template: The memory of past steps.
+      shape: From the shape of a parameter to that of its memory.
+    """
     structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, template)]
     if structures[0] == structures[1]:
         pairs = zip(
             jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(template), strict=True
         )
         for (path, update), leaf in pairs:
-            if jnp.shape(update) != leaf.shape:
+            got, kept = jnp.shape(update), shape(jnp.shape(update))
+            if kept != leaf.shape:
+                thinned = f", of which the state would keep {kept}," if kept != got else ""
                 raise ValueError(
                     f"{name} must have the shapes of the parameters given to init, got "
-                    f"{jnp.shape(update)} instead of {leaf.shape} at '{path_name(path)}'; "
+                    f"{got}{thinned} instead of {leaf.shape} at '{path_name(path)}'; "
                     "call init again after changing the model."
                 )
             if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
@@ -75,9 +85,11 @@ def check_updates(name: str, updates: PyTree, template: PyTree) -> None:
                     "take the gradient of a real loss with respect to real parameters."
                 )
         return
-    got = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
-    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
-    missing, extra = sorted(want - got), sorted(got - want)
+    paths = [
+        {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (updates, template)
+    ]
+    missing, extra = sorted(paths[1] - paths[0]), sorted(paths[0] - paths[1])
     raise ValueError(
         f"{name} must have the tree structure of the parameters given to init, got "
         + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
@@ -137,16 +149,28 @@ def block_index(numbers: list[int]) -> BlockIndex:
     return tuple(jnp.asarray(number, jnp.uint32) for number in numbers) or jnp.zeros(0, jnp.uint32)
 
 
-def block_dots(left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int) -> jax.Array:
-    """Inner product of two trees over every block, accumulated in float32; ``[K]``."""
+def block_dots(
+    left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int, whole: PyTree = None
+) -> jax.Array:
+    """Inner product of two trees over every block, accumulated in float32; ``[K]``.
+
+    Where they are parts of larger trees, ``whole`` and another, it is that of these, as far as the
+    parts tell.
+    """
     # Nothing but the product: XLA makes a dot of it, which a loop over two operands is not.
+    leaves = jax.tree.leaves(left)
     dots = [
         jnp.sum(jnp.asarray(x).astype(jnp.float32) * y.astype(jnp.float32))
-        for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+        for x, y in zip(leaves, jax.tree.leaves(right), strict=True)
     ]
     if not dots:
         return jnp.zeros(num_blocks, jnp.float32)
-    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(jnp.stack(dots))
+    sums = jnp.stack(dots)
+    wholes = jax.tree.leaves(left if whole is None else whole)
+    sizes = [(jnp.size(x), jnp.size(y)) for x, y in zip(wholes, leaves, strict=True)]
+    if any(size != part for size, part in sizes):
+        sums *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
+    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(sums)
 
 
 def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:

@@ -32,6 +32,7 @@ Where a rate is taken back, the past steps in h shrink by the same factor: other
 went too far would be regretted, and the rate go on shrinking, long after they are mended.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -43,6 +44,7 @@ from dartax import _check
 from dartax._allocation import GRANULARITIES, allocate
 from dartax._blocks import Blocks
 from dartax._guarded import with_decayed_weights
+from dartax._thinning import LEAST, Thinning
 from dartax._transform import (
     Context,
     Draw,
@@ -177,6 +179,7 @@ def scale_by_dart(
     blocks: Blocks = None,
     key: jax.Array | int = 0,
     direction_dtype: str = "bfloat16",
+    thin_memory: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales directions by learned, randomly drawn rates, one for each parameter block.
 
@@ -208,8 +211,11 @@ def scale_by_dart(
         mean ``concentration``; they keep 20 bytes each.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
-      direction_dtype: Name of the dtype of the memory of past steps; ``bfloat16`` holds it
-        in 2 bytes per parameter.
+      direction_dtype: Name of the dtype of the memory of past steps.
+      thin_memory: Whether the memory holds some rows alone of every tensor with more than 65,536
+        elements: 1 in 32, or more where that would leave fewer than 32,768 elements. Otherwise it
+        takes 2 bytes per parameter, in ``bfloat16``, and a step takes half as long again. Rates of
+        channels and elements need all of it.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state ``ScaleByDartState``.
@@ -253,10 +259,12 @@ def scale_by_dart(
     )
     _check.decay("horizon", horizon)
     _check.floating_dtype("direction_dtype", direction_dtype)
+    _check.flag("thin_memory", thin_memory)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
     inner = adam() if inner is None else inner
     if isinstance(blocks, str) and blocks in GRANULARITIES:
         inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
+        thin_memory = False  # every channel or element has a hypergradient of its own
     return scale_by_dirichlet(
         dart_rule(concentration, init_rate, min_rate, max_rate),
         inner,
@@ -267,6 +275,7 @@ def scale_by_dart(
         blocks=blocks,
         key=key,
         direction_dtype=direction_dtype,
+        thinning=Thinning(LEAST if thin_memory else math.inf),
     )
 
 
@@ -284,6 +293,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     blocks: Blocks = None,
     key: jax.Array | int = 0,
     direction_dtype: str = "bfloat16",
+    thin_memory: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
@@ -338,6 +348,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             blocks=blocks,
             key=key,
             direction_dtype=direction_dtype,
+            thin_memory=thin_memory,
         ),
         optax.scale(-1.0),
     )

@@ -16,20 +16,22 @@ import jax.numpy as jnp
 import optax
 
 PyTree = Any
+Again = Callable[[PyTree, PyTree, Callable[[PyTree], PyTree]], PyTree]
 
 
 class Guarded(optax.GradientTransformationExtraArgs):
     """A transform whose update takes ``finite=``: where it is false the state stays as it was.
 
     Attributes:
-      again: From (state, params) to the direction that the update which returned ``state`` gave, in
-        float32 at least. What is computed for it is written differently, for XLA would find an
-        equal computation and store its result.
+      again: From (state, params, part) to a part of the direction that the update which returned
+        ``state`` gave, in float32 at least; ``part`` takes it from trees like the parameters. What
+        is computed for it is written differently, for XLA would find an equal computation and
+        store its result.
       reads_params: Whether ``again`` needs the parameters.
       always_finite: Whether the directions are finite whatever the gradients are.
     """
 
-    again: Callable[[PyTree, PyTree], PyTree]
+    again: Again
     reads_params: bool
     always_finite: bool
 
@@ -38,7 +40,7 @@ class Guarded(optax.GradientTransformationExtraArgs):
         cls,
         init: Any,
         update: Any,
-        again: Callable[[PyTree, PyTree], PyTree],
+        again: Again,
         *,
         reads_params: bool = False,
         always_finite: bool = False,
@@ -88,9 +90,9 @@ def guard(inner: optax.GradientTransformation) -> Guarded:
         state = jax.tree.map(functools.partial(choose, jnp.asarray(finite)), new, state)
         return direction, state
 
-    def again(state, params):
+    def again(state, params, part):
         del params
-        return state.direction
+        return part(state.direction)
 
     return Guarded.make(init_fn, update_fn, again)
 
@@ -123,8 +125,11 @@ def with_decayed_weights(
         updates, decay_state = decay.update(updates, state[1], params)
         return updates, (inner_state, decay_state)
 
-    def again(state, params):
-        return decay.update(inner.again(state[0], params), state[1], params)[0]
+    def again(state, params, part):
+        # What a mask says of the parameters it may not say of a part of them.
+        chosen = mask(params) if callable(mask) else mask
+        direction = inner.again(state[0], params, part)
+        return decayed_weights(weight_decay, chosen).update(direction, state[1], part(params))[0]
 
     decays = not is_zero(weight_decay)
     return Guarded.make(

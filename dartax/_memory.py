@@ -2,8 +2,9 @@
 
     z_t = horizon * z_{t-1} + weight_t * u_t
 
-is a tree like the parameters. At horizon 0 it is the last direction alone, which some transforms
-can give again from their state: then nothing is kept of it.
+is a tree like the parameters, or of some rows of them (``_thinning.py``). At horizon 0 it is the
+last direction alone, which some transforms can give again from their state: then nothing is kept of
+it.
 """
 
 from typing import Any
@@ -43,27 +44,29 @@ def accumulate(
     return jax.lax.clamp(-most, z, most).astype(last.dtype)
 
 
-def after(memory: PyTree, values: PyTree) -> PyTree:
-    """``values``, scalars, which XLA on a CPU must compute after ``memory``.
+def after(memory: PyTree, values: PyTree, params: PyTree) -> PyTree:
+    """``values``, scalars, which XLA must compute after ``memory``.
 
     New parameters are written over the old ones, without a copy of these, only where the program
     shows that all that reads the old ones has been computed before. So the values are NaN where
-    their leaf of the memory begins with NaN. On a GPU one kernel computes the memory and the
-    parameters, and this would tear it apart.
+    their leaf of the memory begins with NaN. On a GPU one kernel computes the memory of all of a
+    leaf and its parameters, and this would tear it apart.
 
     Not so where the leaf is split over an explicit mesh: its first element lies on one device.
     """
 
-    def ordered(memory: PyTree, values: PyTree) -> PyTree:
-        def one(leaf, value):
-            if leaf.size == 0 or any(jax.typeof(leaf).sharding.spec):
-                return value
-            return jnp.where(jnp.isnan(leaf[(0,) * leaf.ndim]), jnp.nan, value)
+    def ordered(leaf, value):
+        if leaf.size == 0 or any(jax.typeof(leaf).sharding.spec):
+            return value
+        return jnp.where(jnp.isnan(leaf[(0,) * leaf.ndim]), jnp.nan, value)
 
-        return jax.tree.map(one, memory, values)
+    def on_cpu(memory: PyTree, values: PyTree) -> PyTree:
+        return jax.tree.map(ordered, memory, values)
 
-    def fused(memory: PyTree, values: PyTree) -> PyTree:
-        del memory
-        return values
+    def elsewhere(memory: PyTree, values: PyTree) -> PyTree:
+        def one(leaf, value, param):
+            return value if leaf.shape == param.shape else ordered(leaf, value)
 
-    return jax.lax.platform_dependent(memory, values, cpu=ordered, default=fused)
+        return jax.tree.map(one, memory, values, params)
+
+    return jax.lax.platform_dependent(memory, values, cpu=on_cpu, default=elsewhere)

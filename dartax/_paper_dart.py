@@ -21,6 +21,7 @@ Reference: `DART-Optimizer <https://github.com/mdelriolanse/DART-Optimizer>`_, R
 ``dartopt/optim/dart.py``.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ import optax
 from dartax import _check
 from dartax._blocks import Blocks
 from dartax._guarded import decayed_weights
+from dartax._thinning import Thinning
 from dartax._transform import (
     Moments,
     Number,
@@ -166,6 +168,7 @@ def paper_dart(
             blocks=blocks,
             key=key,
             direction_dtype=jnp.float32,
+            thinning=Thinning(math.inf),
         ),
         optax.scale(-1.0),
     )

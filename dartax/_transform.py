@@ -33,6 +33,7 @@ from dartax import _blocks, _check, _memory, random
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 from dartax._guarded import Guarded, choose, zero_unless
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
+from dartax._thinning import Thinning
 
 # Updates over which a rule sees the user's schedule fall.
 LOOK_AHEAD = 32
@@ -144,6 +145,7 @@ def scale_by_dirichlet(
     blocks: Blocks,
     key: jax.Array | int,
     direction_dtype: Any,
+    thinning: Thinning,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
     random.check_key(key)
@@ -164,9 +166,18 @@ def scale_by_dirichlet(
             return jax.lax.optimization_barrier(state.last_direction)
         share = state.last_draw.share[: state.last_rates.shape[0]]
         spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
-        direction = inner.again(state.inner_state, params)
+        direction = inner.again(state.inner_state, params, thinning.part)
         (weight,) = _blocks.spread(state.block_index, direction, state.last_multiplier * spent)
         return _memory.rebuild(direction, weight)
+
+    def judge(gradient, last_steps, index, num_blocks):
+        """h, the hypergradient of every block, and whether the gradient is finite.
+
+        A non-finite element shows in its inner product, whatever the other factor is.
+        """
+        part = thinning.part(gradient)
+        h = -_blocks.block_dots(part, last_steps, index, num_blocks, whole=gradient)
+        return h, jnp.all(jnp.isfinite(h)) & thinning.rest_is_finite(gradient)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -192,7 +203,7 @@ def scale_by_dirichlet(
             last_multiplier=f32(multiplier),
             min_rate=f32(min_rate),
             max_rate=f32(max_rate),
-            last_direction=_memory.empty(params, direction_dtype, remembers),
+            last_direction=thinning.part(_memory.empty(params, direction_dtype, remembers)),
             inner_state=inner.init(params),
         )
 
@@ -204,24 +215,23 @@ def scale_by_dirichlet(
             )
         check_version(state)
         last_steps = past_steps(state, params)
-        _blocks.check_updates("updates", updates, last_steps)
+        check = functools.partial(_blocks.check_updates, template=last_steps, shape=thinning.shape)
+        check("updates", updates)
         if params is not None:
-            _blocks.check_updates("params", params, last_steps)
+            check("params", params)
         updates = jax.tree.map(jnp.asarray, updates)
         gradient, value = extra_args.get("grad"), extra_args.get("value")
         if gradient is not None:
-            _blocks.check_updates("grad", gradient, last_steps)
+            check("grad", gradient)
         if value is not None:
             _check.scalar("value", value, "pass the loss")
         index, num_blocks = state.block_index, state.last_rates.shape[0]
 
-        # 1. Finish the last gradient: how good were the rates so far? A non-finite gradient
-        # shows in its inner product, whatever the other factor is.
-        h = -_blocks.block_dots(updates, last_steps, index, num_blocks)
-        finite = jnp.all(jnp.isfinite(h))
+        # 1. Finish the last gradient: how good were the rates so far?
+        h, finite = judge(updates, last_steps, index, num_blocks)
         if gradient is not None:
-            h = -_blocks.block_dots(gradient, last_steps, index, num_blocks)
-            finite &= jnp.all(jnp.isfinite(h))
+            h, also_finite = judge(gradient, last_steps, index, num_blocks)
+            finite &= also_finite
         if value is not None:
             finite &= jnp.isfinite(value)
 
@@ -260,7 +270,10 @@ def scale_by_dirichlet(
             memory = state.last_direction if remembers else last_steps
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        again = inner.again(inner_state, params) if guarded and remembers else direction
+        if guarded and remembers:
+            again = inner.again(inner_state, params, thinning.part)
+        else:
+            again = thinning.part(direction)
         if not always_finite:
             direction, again = zero_unless(finite, direction), zero_unless(finite, again)
         new_direction = state.last_direction
@@ -281,7 +294,7 @@ def scale_by_dirichlet(
         else:
             (leaf_rates,) = _blocks.spread(index, direction, last_rates)
         if guarded and inner.reads_params:
-            leaf_rates = _memory.after(new_direction, leaf_rates)
+            leaf_rates = _memory.after(new_direction, leaf_rates, direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient

@@ -93,7 +93,7 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
         like = updates if params is None else params
         return jax.tree.map(direction, state.mu, state.nu, like), state
 
-    def again(state, params):
+    def again(state, params, part):
         del params
         c1, c2 = corrections(state)
         scale, shift = c1 * jax.lax.rsqrt(c2), c1 * eps
@@ -102,7 +102,7 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
             dtype = jnp.promote_types(mu.dtype, jnp.float32)
             return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
 
-        return jax.tree.map(direction, state.mu, state.nu)
+        return jax.tree.map(direction, part(state.mu), part(state.nu))
 
     return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
@@ -137,9 +137,9 @@ def momentum(decay: float = 0.9) -> Guarded:
         like = updates if params is None else params
         return jax.tree.map(_as_half, trace, like), optax.TraceState(trace)
 
-    def again(state, params):
+    def again(state, params, part):
         del params
-        return state.trace
+        return part(state.trace)
 
     return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
@@ -201,8 +201,8 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> Guarded:
         directions = jax.tree.map(lambda s, like: s.astype(jnp.result_type(like)), sign, like)
         return directions, state
 
-    def again(state, params):
+    def again(state, params, part):
         del params
-        return jax.tree.map(lambda sign: sign.astype(jnp.float32), state.sign)
+        return jax.tree.map(lambda sign: sign.astype(jnp.float32), part(state.sign))
 
     return Guarded.make(init_fn, update_fn, again, always_finite=True)

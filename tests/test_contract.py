@@ -246,7 +246,7 @@ def test_resume_from_bytes(make):
     expected = jitted(params, state)
     chex.assert_trees_all_equal(jitted(params, restored), expected)
     chex.assert_trees_all_equal(jitted(params, pickled), expected)
-    assert optax.tree.get(state, "version") == 4
+    assert optax.tree.get(state, "version") == 5
 
 
 @every_optimizer

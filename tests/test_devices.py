@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import dartax
-from dartax import _allocation
+from dartax import _allocation, _dart
 
 P = PartitionSpec
 pytestmark = pytest.mark.skipif(
@@ -30,9 +30,12 @@ LAYOUTS = {
 STEPS = 6
 
 
-def make_params():
+def make_params(width=16):
     keys = jax.random.split(jax.random.key(0), 3)
-    return [{"kernel": jax.random.normal(key, (16, 16)) / 4, "bias": jnp.zeros(16)} for key in keys]
+    return [
+        {"kernel": jax.random.normal(key, (width, width)) / width**0.5, "bias": jnp.zeros(width)}
+        for key in keys
+    ]
 
 
 def loss_fn(params, x):
@@ -61,7 +64,7 @@ def train(optimizer, params, batches):
     return params, state, jitted
 
 
-def placed(layout):
+def placed(layout, params=None):
     shape, kernel, bias, batch = LAYOUTS[layout]
     types = (AxisType.Auto,) * len(shape)
     mesh = jax.make_mesh(shape, ("x", "y")[: len(shape)], axis_types=types)
@@ -70,7 +73,7 @@ def placed(layout):
             "kernel": jax.device_put(layer["kernel"], NamedSharding(mesh, kernel)),
             "bias": jax.device_put(layer["bias"], NamedSharding(mesh, bias)),
         }
-        for layer in make_params()
+        for layer in params or make_params()
     ]
     return params, NamedSharding(mesh, batch)
 
@@ -99,7 +102,6 @@ def on_one_device():
 def test_ends_where_one_device_ends(layout, on_one_device):
     batches, expected, expected_state = on_one_device
     params, batch_sharding = placed(layout)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     batches = [jax.device_put(x, batch_sharding) for x in batches]
     optimizer = dartax.dart(init_rate=1e-3)
     after, state, jitted = train(optimizer, params, batches)
@@ -107,6 +109,29 @@ def test_ends_where_one_device_ends(layout, on_one_device):
     assert_close(after, expected)
     found, wanted = (optax.tree.get(s, "concentration") for s in (state, expected_state))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert_lies_and_moves_as_adam(layout, params, after, state, jitted, batches[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thin_memory_ends_where_one_device_ends(layout, monkeypatch):
+    monkeypatch.setattr(_dart, "LEAST", 512)
+    batches = jax.random.normal(jax.random.key(1), (STEPS, 16, 64))
+    optimizer, params = dartax.dart(init_rate=1e-3), make_params(64)
+    expected, expected_state, _ = train(optimizer, params, batches)
+    assert expected_state[0].last_direction[0]["kernel"].shape == (16, 64)
+    params, batch_sharding = placed(layout, params)
+    batches = [jax.device_put(x, batch_sharding) for x in batches]
+    after, state, jitted = train(optimizer, params, batches)
+
+    assert_close(after, expected)
+    found, wanted = (optax.tree.get(s, "concentration") for s in (state, expected_state))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    sums = len(LAYOUTS[layout][0]) * len(params)  # of the kernels, to see whether all is finite
+    assert_lies_and_moves_as_adam(layout, params, after, state, jitted, batches[0], sums)
+
+
+def assert_lies_and_moves_as_adam(layout, params, after, state, jitted, batch, more=0):
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
 
     # State lies where its parameters lie, and every device has the same draw.
     dart_state = state[0]
@@ -123,11 +148,11 @@ def test_ends_where_one_device_ends(layout, on_one_device):
     # mesh, nothing else.
     adam = optax.adam(1e-3)
     adam_step = jax.jit(functools.partial(step, adam))
-    extra = collectives(jitted, after, state, batches[0]) - collectives(
-        adam_step, params, adam.init(params), batches[0]
+    extra = collectives(jitted, after, state, batch) - collectives(
+        adam_step, params, adam.init(params), batch
     )
     assert set(extra) <= {("all-reduce", "f32[]")}
-    assert sum(extra.values()) <= len(jax.tree.leaves(params)) * len(LAYOUTS[layout][0])
+    assert sum(extra.values()) <= len(jax.tree.leaves(params)) * len(LAYOUTS[layout][0]) + more
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -170,22 +195,25 @@ def test_explicit_mesh(on_one_device):
     assert state[0].concentration.sharding.is_fully_replicated
 
 
+@pytest.mark.parametrize("width", [16, 48, 64])
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"horizon": 0.0},
         {"inner": optax.scale_by_lion()},
         {"weight_decay": 0.1},
         {"blocks": "channel"},
         {"blocks": "element", "weight_decay": 0.1},
     ],
 )
-def test_explicit_mesh_with_sharded_parameters(options, monkeypatch):
+def test_explicit_mesh_with_sharded_parameters(options, width, monkeypatch):
     monkeypatch.setattr(_allocation, "LEAST", 64)  # slices of the matrices
+    monkeypatch.setattr(_dart, "LEAST", 512)  # and every third or fourth row of the larger ones
     optimizer, ends = dartax.dart(init_rate=1e-3, **options), []
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     for place in (lambda p: p, lambda p: jax.device_put(p, NamedSharding(mesh, P("x")))):
-        params = place(make_params())
+        params = place(make_params(width))
         state = optimizer.init(params)
         for _ in range(STEPS):
             updates, state = jax.jit(optimizer.update)(params, state, params)

@@ -8,19 +8,19 @@ import pytest
 import reference
 
 import dartax
-from dartax import random
+from dartax import _dart, random
 
 STEPS = 50
 SHAPES = {"a": (3,), "b": (2, 2), "c": (4,)}
 CURVATURE = {"a": 0.05, "b": 1.0, "c": 4.0}
 
 
-def problem(seed=0):
+def problem(seed=0, shapes=SHAPES):
     """Noisy gradients of an asymmetric quadratic, as functions of the parameters."""
     rng = np.random.default_rng(seed)
-    params = {name: rng.normal(1.0, 0.5, shape) for name, shape in SHAPES.items()}
+    params = {name: rng.normal(1.0, 0.5, shape) for name, shape in shapes.items()}
     noise = [
-        {name: 0.3 * rng.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(STEPS)
+        {name: 0.3 * rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(STEPS)
     ]
     gradients = [
         lambda p, n=n: {name: CURVATURE[name] * p[name] + n[name] for name in SHAPES} for n in noise
@@ -85,6 +85,7 @@ def test_paper_dart_follows_the_reference(options):
 
 def test_paper_dart_with_adam_directions_follows_the_reference():
     from dartax._paper_dart import paper_rule
+    from dartax._thinning import Thinning
     from dartax._transform import scale_by_dirichlet
 
     params, noise, gradients = problem(1)
@@ -98,6 +99,7 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
         blocks=None,
         key=2,
         direction_dtype="float32",
+        thinning=Thinning(),
     )
     got = dartax_trajectory(optax.chain(transform, optax.scale(-1.0)), params, noise)
     expected = reference.paper_dart(params, gradients, reference.adam(), shared_draws(2), eta=0.05)
@@ -157,6 +159,31 @@ def test_shared_blocks_follow_the_reference():
         labels={"a": 0, "b": 1, "c": 0},
     )
     assert_equal_trajectories(got, expected)
+
+
+@pytest.mark.parametrize("inner", [None, optax.scale_by_adam(b2=0.99)])
+@pytest.mark.parametrize(
+    "options", [{}, {"horizon": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}]
+)
+def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
+    monkeypatch.setattr(_dart, "LEAST", 8)
+    params, noise, gradients = problem(5, {"a": (3,), "b": (48, 2), "c": (100,)})
+    optimizer = dartax.dart(inner=inner, direction_dtype="float32", **options)
+    got = dartax_trajectory(optimizer, params, noise)
+    # Of 16 parts of 3 rows the first ones; of 4 of 25, for want of a divisor, every 12th row.
+    expected = reference.dart(
+        params,
+        gradients,
+        reference.adam(beta2=0.99),
+        shared_draws(0),
+        rows={"b": slice(None, None, 3), "c": slice(None, 96, 12)},
+        **options,
+    )
+    expected = list(expected)
+    assert_equal_trajectories(got, expected)
+    whole = dartax.dart(inner=inner, direction_dtype="float32", thin_memory=False, **options)
+    with pytest.raises(AssertionError, match="Not equal"):
+        assert_equal_trajectories(dartax_trajectory(whole, params, noise), expected)
 
 
 def test_bfloat16_memory_stays_near_float32():

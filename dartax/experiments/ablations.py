@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _dart
+from dartax._thinning import Thinning
 from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
 from dartax.inner import adam
 
@@ -109,6 +110,7 @@ def _factory(
             blocks=blocks,
             key=key,
             direction_dtype="bfloat16",
+            thinning=Thinning(),
         )
         return optax.chain(transform, optax.scale(-1.0))
 

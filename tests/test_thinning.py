@@ -1,0 +1,135 @@
+"""What a thin memory holds of large tensors, and what it still sees of the rest."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dartax
+from dartax import _dart
+from dartax._thinning import DEVICES, LEAST, MOST, Thinning
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept"),
+    [
+        ((), ()),
+        ((0, 5), (0, 5)),
+        ((256, 256), (256, 256)),  # not more than twice what is always kept
+        ((768, 768), (48, 768)),
+        ((768, 3072), (32, 3072)),
+        ((4096, 4096), (128, 4096)),
+        ((50257, 768), (1733, 768)),
+        ((1294, 1294), (42, 1294)),
+        ((3, 3, 512, 512), (3, 3, 16, 512)),
+        ((12, 768, 768), (12, 32, 768)),
+        ((1_000_000,), (40_000,)),
+        ((1, 1_000_000), (1, 1_000_000)),  # no rows to choose among
+    ],
+)
+def test_kept_shape(shape, kept):
+    assert Thinning().shape(shape) == kept
+    assert Thinning(math.inf).shape(shape) == shape
+
+
+def test_enough_is_kept_and_split_as_the_tensor_is():
+    rng = np.random.default_rng(0)
+    thinned = 0
+    for _ in range(3000):
+        shape = tuple(int(n) for n in rng.choice([1, 3, 8, 48, 368, 777, 1024, 5000], 3))
+        shape = shape[: rng.integers(1, 4)]
+        kept, rows = Thinning().shape(shape), Thinning().rows(shape)
+        assert math.prod(kept) >= min(math.prod(shape), LEAST)
+        assert math.prod(kept) >= math.prod(shape) / (1.1 * MOST)
+        if rows:
+            thinned += 1
+            axis, number, step = rows
+            assert step > 1 or number * step < shape[axis]
+            assert (number - 1) * step < shape[axis]
+            for devices in range(2, DEVICES + 1):
+                assert shape[axis] % devices or DEVICES % devices or number % devices == 0
+    assert thinned > 500
+
+
+def test_the_part_of_a_tree():
+    thinning = Thinning(8)
+    tree = {"large": jnp.arange(96.0).reshape(48, 2), "small": jnp.arange(3.0)}
+    part = thinning.part(tree)
+    np.testing.assert_array_equal(part["large"], np.arange(96.0).reshape(48, 2)[::3])
+    assert part["small"] is tree["small"]
+    assert thinning.part({"small": tree["small"]})["small"] is tree["small"]
+
+
+PARAMS = {"large": jnp.ones((48, 2)), "small": jnp.ones(3)}
+INNERS = {
+    "adam": dartax.inner.adam(),
+    "lion": dartax.inner.lion(),
+    "momentum": dartax.inner.momentum(),
+    "optax adam": optax.scale_by_adam(),
+    "gradients": optax.identity(),
+}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("horizon", [0.0, 0.999])
+@pytest.mark.parametrize("inner", INNERS)
+def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, horizon, value, monkeypatch):
+    monkeypatch.setattr(_dart, "LEAST", 8)
+    optimizer = dartax.dart(inner=INNERS[inner], horizon=horizon)
+    state, update = optimizer.init(PARAMS), jax.jit(optimizer.update)
+    _, state = update(PARAMS, state, PARAMS)
+    poisoned = {**PARAMS, "large": PARAMS["large"].at[1, 1].set(value)}
+    assert np.all(np.isfinite(Thinning(8).part(poisoned)["large"]))
+    updates, after = update(poisoned, state, PARAMS)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    assert dartax.metrics(after)["dart/skipped"] == 1
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert np.all(np.isfinite(np.asarray(new, np.float32)))
+        assert np.array_equal(new, old) or np.ndim(new) <= 1  # counters and the rates of 0
+    # The gradient that judges the rates counts as well as the one that moves the parameters.
+    _, after = update(PARAMS, state, PARAMS, grad=poisoned)
+    assert dartax.metrics(after)["dart/skipped"] == 1
+
+
+def test_state_is_little_more_than_that_of_adam():
+    params = {"kernel": jnp.zeros((1024, 1024)), "bias": jnp.zeros(1024)}
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    state = dartax.dart().init(params)
+    assert size(state) < 1.01 * size(optax.adam(1e-3).init(params))
+    assert size(dartax.dart(thin_memory=False).init(params)) > 1.24 * size(state)
+
+
+@pytest.mark.parametrize("blocks", ["channel", "element"])
+def test_rates_within_tensors_see_all_rows(blocks, monkeypatch):
+    monkeypatch.setattr(_dart, "LEAST", 8)
+    state = dartax.dart(blocks=blocks).init(PARAMS)
+    assert optax.tree.get(state, "last_direction")["large"].shape == PARAMS["large"].shape
+
+
+def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
+    monkeypatch.setattr(_dart, "LEAST", 8)
+
+    def mask(params):
+        return jax.tree.map(lambda p: p.shape == (48, 2), params)
+
+    runs = []
+    for chosen in (mask, {"large": True, "small": False}):
+        optimizer = dartax.dart(weight_decay=1.0, mask=chosen)
+        state = optimizer.init(PARAMS)
+        for _ in range(2):
+            _, state = optimizer.update(PARAMS, state, PARAMS)
+        runs.append(optax.tree.get(state, "last_direction"))
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+
+
+def test_another_shape_is_refused():
+    optimizer = dartax.dart()
+    state = optimizer.init({"w": jnp.zeros((1000, 1000))})
+    with pytest.raises(ValueError, match="of which the state would keep .* instead of .* at 'w'"):
+        optimizer.update({"w": jnp.zeros((2000, 1000))}, state)
+    grads, params = {"w": jnp.zeros((1000, 1000))}, {"w": jnp.zeros((999, 1000))}
+    with pytest.raises(ValueError, match="params must have the shapes"):
+        optimizer.update(grads, state, params)
