@@ -62,12 +62,6 @@ def schedule(name: str, value: Any) -> None:
         )
 
 
-def flag(name: str, value: Any) -> None:
-    """Checks a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}; True is usual.")
-
-
 def scalar(name: str, value: Any, fix: str) -> None:
     """Checks a real scalar, traced or not, of any value."""
     if value is None or not (hasattr(value, "dtype") or isinstance(value, int | float)):

@@ -179,7 +179,6 @@ def scale_by_dart(
     blocks: Blocks = None,
     key: jax.Array | int = 0,
     direction_dtype: str = "bfloat16",
-    thin_memory: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales directions by learned, randomly drawn rates, one for each parameter block.
 
@@ -211,11 +210,10 @@ def scale_by_dart(
         mean ``concentration``; they keep 20 bytes each.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
-      direction_dtype: Name of the dtype of the memory of past steps.
-      thin_memory: Whether the memory holds some rows alone of every tensor with more than 65,536
-        elements: 1 in 32, or more where that would leave fewer than 32,768 elements. Otherwise it
-        takes 2 bytes per parameter, in ``bfloat16``, and a step takes half as long again. Rates of
-        channels and elements need all of it.
+      direction_dtype: Name of the dtype of the memory of past steps, 2 bytes per element of which
+        in ``bfloat16``. Of a tensor with more than 65,536 elements it holds some rows alone, 1 in
+        32, or more where that would leave fewer than 32,768 elements (but all where channels or
+        elements have rates).
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state ``ScaleByDartState``.
@@ -259,12 +257,11 @@ def scale_by_dart(
     )
     _check.decay("horizon", horizon)
     _check.floating_dtype("direction_dtype", direction_dtype)
-    _check.flag("thin_memory", thin_memory)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
-    inner = adam() if inner is None else inner
+    inner, thinning = adam() if inner is None else inner, Thinning(LEAST)
     if isinstance(blocks, str) and blocks in GRANULARITIES:
         inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
-        thin_memory = False  # every channel or element has a hypergradient of its own
+        thinning = Thinning(math.inf)  # every channel or element has a hypergradient of its own
     return scale_by_dirichlet(
         dart_rule(concentration, init_rate, min_rate, max_rate),
         inner,
@@ -275,7 +272,7 @@ def scale_by_dart(
         blocks=blocks,
         key=key,
         direction_dtype=direction_dtype,
-        thinning=Thinning(LEAST if thin_memory else math.inf),
+        thinning=thinning,
     )
 
 
@@ -293,7 +290,6 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     blocks: Blocks = None,
     key: jax.Array | int = 0,
     direction_dtype: str = "bfloat16",
-    thin_memory: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
@@ -348,7 +344,6 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             blocks=blocks,
             key=key,
             direction_dtype=direction_dtype,
-            thin_memory=thin_memory,
         ),
         optax.scale(-1.0),
     )

@@ -70,7 +70,6 @@ def sentence(error):
         ({"mask": 3}, TypeError, "mask must be a tree of bools, .* got the leaf 3; pass e.g."),
         ({"mask": {"w": "yes"}}, TypeError, "mask must be a tree of bools, .* got the leaf 'yes'"),
         ({"mask": {"w": 1.0}}, TypeError, "mask must be a tree of bools, .* got the leaf 1.0"),
-        ({"thin_memory": 16}, TypeError, "thin_memory must be True or False, got 16"),
         ({"direction_dtype": None}, TypeError, "direction_dtype must be a floating dtype, got None"),
         ({"direction_dtype": "complex64"}, TypeError, "direction_dtype must be a floating dtype, got 'complex64'"),
     ],

@@ -92,6 +92,38 @@ ENTRY %main (x: f32[3,2], k: s4[8], z: bf16[0]) -> (f32[3,2], pred[6]) {
     assert compiled.traffic(hlo) == (1, 24 + 4 + 24 + 6)
 
 
+def test_traffic_of_a_slice():
+    """A kernel reads no more of an operand than what its slices need."""
+    hlo = """HloModule step
+
+%fused (a: f32[8,2], b: f32[8,2]) -> bf16[2,2] {
+  %a = f32[8,2]{1,0} parameter(0)
+  %b = f32[8,2]{1,0} parameter(1)
+  %root = f32[8,2]{1,0} sqrt(%b)
+  %sum = f32[8,2]{1,0} add(%a, %root)
+  %rows = f32[2,2]{1,0} slice(%sum), slice={[0:8:4], [0:2]}
+  ROOT %c = bf16[2,2]{1,0} convert(%rows)
+}
+
+%fused.1 (a: f32[8,2]) -> f32[8,2] {
+  %a = f32[8,2]{1,0} parameter(0)
+  %rows = f32[2,2]{1,0} slice(%a), slice={[0:2], [0:2]}
+  %first = f32[] reduce(%rows), to_apply=%sum
+  %all = f32[8,2]{1,0} broadcast(%first), dimensions={}
+  ROOT %b = f32[8,2]{1,0} add(%all, %a)
+}
+
+ENTRY %main (x: f32[8,2], y: f32[8,2]) -> (bf16[2,2], f32[8,2]) {
+  %x = f32[8,2]{1,0} parameter(0)
+  %y = f32[8,2]{1,0} parameter(1)
+  %fusion = bf16[2,2]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused
+  %fusion.1 = f32[8,2]{1,0} fusion(%y), kind=kLoop, calls=%fused.1
+  ROOT %all = (bf16[2,2]{1,0}, f32[8,2]{1,0}) tuple(%fusion, %fusion.1)
+}
+"""
+    assert compiled.traffic(hlo) == (2, 8 + 16 + 16 + 64 + 64)
+
+
 def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(capsys):
     """Moments, memory and parameters move once, with weight decay too; 6 more are the dots."""
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs JAX's plugin for it")

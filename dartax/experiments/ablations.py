@@ -4,6 +4,7 @@ What an argument of ``dart`` can switch off needs no variant: ``concentration = 
 the means, ``horizon = 0`` is the one-step hypergradient.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _dart
-from dartax._thinning import Thinning
+from dartax._thinning import LEAST, Thinning
 from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
 from dartax.inner import adam
 
@@ -85,7 +86,9 @@ def no_slack(rule: Rule) -> Rule:
 
 
 def _factory(
-    change: Callable[[Rule], Rule], blocks: Callable[[str], int] | None = None
+    change: Callable[[Rule], Rule] = lambda rule: rule,
+    blocks: Callable[[str], int] | None = None,
+    least_kept: float = LEAST,
 ) -> Callable[..., optax.GradientTransformation]:
     """A factory with the arguments of ``dart`` that ablations need."""
 
@@ -110,7 +113,7 @@ def _factory(
             blocks=blocks,
             key=key,
             direction_dtype="bfloat16",
-            thinning=Thinning(),
+            thinning=Thinning(least_kept),
         )
         return optax.chain(transform, optax.scale(-1.0))
 
@@ -123,5 +126,6 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_mean_field": _factory(mean_field),
     "dart_no_ratchet": _factory(no_ratchet),
     "dart_no_slack": _factory(no_slack),
-    "dart_one_rate": _factory(lambda rule: rule, blocks=lambda path: 0),
+    "dart_one_rate": _factory(blocks=lambda path: 0),
+    "dart_whole_memory": _factory(least_kept=math.inf),
 }

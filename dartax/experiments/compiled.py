@@ -19,9 +19,13 @@ from dartax.experiments.config import ConfigError
 from dartax.experiments.run_folder import git_commit, make_folder, versions, write_json
 from dartax.experiments.scores import aligned
 
+# Name for the computation that a program begins with.
+ENTRY = ""
 # What the entry computation names without a kernel behind it.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
-_INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z-]+)\((.*?)\)(?:,|$)")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z-]+)\((.*?)\)(,.*|$)")
+_CALLED = re.compile(r"calls=%?([\w.-]+)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -30,8 +34,9 @@ class Traffic(NamedTuple):
 
     Attributes:
       kernels: Instructions that are not free.
-      bytes: What they read and write, each of their operands and results once. An update of a part
-        of an array, in place, counts as one of the whole.
+      bytes: What they read and write, each of their operands and results once; of an operand that a
+        kernel only takes slices of, these. An update of a part of an array, in place, counts as
+        one of the whole.
     """
 
     kernels: int
@@ -46,21 +51,74 @@ def _array_bytes(shape: str) -> float:
     )
 
 
+class Instruction(NamedTuple):
+    """A line of an HLO computation: what it makes, how, of what, and the computation it calls."""
+
+    name: str
+    shape: str
+    operation: str
+    operands: list[str]
+    called: str
+
+    @property
+    def dimensions(self) -> str:
+        """Of its array; empty for scalars and tuples."""
+        return _ARRAY.findall(self.shape)[0][1] if self.shape[0] != "(" else ""
+
+
+def _computations(hlo: str) -> dict[str, list[Instruction]]:
+    """The instructions of every computation of a module, by name."""
+    found: dict[str, list[Instruction]] = {}
+    body: list[Instruction] = []
+    for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
+        if header := _HEADER.match(line):
+            body = found[ENTRY if header[1] else header[2]] = []
+        elif match := _INSTRUCTION.match(line):
+            name, shape, operation, operands, attributes = match.groups()
+            words = [word.split()[-1].lstrip("%") for word in operands.split(",") if word.strip()]
+            called = _CALLED.search(attributes)
+            body.append(Instruction(name, shape, operation, words, called[1] if called else ""))
+    return found
+
+
+def _fraction(value: Instruction, users: dict[str, list[Instruction]]) -> float:
+    """How much of a value a kernel needs: what its slices are of it, or all."""
+    fraction = 0.0
+    for user in users.get(value.name, []):
+        if user.operation in ("slice", "dynamic-slice"):
+            fraction += _array_bytes(user.shape) / max(_array_bytes(value.shape), 1)
+        elif user.dimensions == value.dimensions and user.name in users:  # elementwise
+            fraction += _fraction(user, users)
+        else:
+            return 1.0
+    return min(fraction, 1.0)
+
+
+def _read(body: list[Instruction]) -> dict[int, float]:
+    """How much a kernel reads of each of its operands, by number; of those that are not there, all.
+
+    A loop over a slice computes no more of what it is a slice of than that.
+    """
+    users: dict[str, list[Instruction]] = {}
+    for instruction in body:
+        for operand in set(instruction.operands):
+            users.setdefault(operand, []).append(instruction)
+    parameters = [instruction for instruction in body if instruction.operation == "parameter"]
+    return {int(one.operands[0]): _fraction(one, users) for one in parameters}
+
+
 def traffic(hlo: str) -> Traffic:
     """Counts the kernels of an optimized HLO module, from its text, and the bytes they move."""
-    entry = hlo[hlo.index("\nENTRY") :]
-    entry = re.sub(r"/\*.*?\*/", "", entry[: entry.index("\n}")])
+    computations = _computations(hlo)
     size: dict[str, float] = {}
     kernels, moved = 0, 0.0
-    for line in entry.splitlines():
-        if not (match := _INSTRUCTION.match(line)):
+    for instruction in computations[ENTRY]:
+        size[instruction.name] = here = _array_bytes(instruction.shape)
+        if instruction.operation in _FREE:
             continue
-        name, shape, operation, operands = match.groups()
-        size[name] = _array_bytes(shape)
-        if operation in _FREE:
-            continue
-        reads = [word.split()[-1].lstrip("%") for word in operands.split(",") if word.strip()]
-        here = size[name] + sum(size.get(read, 0) for read in reads)
+        read = _read(computations.get(instruction.called, []))
+        for number, operand in enumerate(instruction.operands):
+            here += read.get(number, 1.0) * size.get(operand, 0.0)
         kernels, moved = kernels + (here > 0), moved + here
     return Traffic(kernels, moved)
 

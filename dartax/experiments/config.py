@@ -49,6 +49,7 @@ class OptimizerConfig:
         "dart_no_ratchet",
         "dart_no_slack",
         "dart_one_rate",
+        "dart_whole_memory",
         "dart_shuffled",
         "paper_dart",
         "adamw",
