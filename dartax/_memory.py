@@ -7,6 +7,7 @@ last direction alone, which some transforms can give again from their state: the
 it.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._blocks import LARGEST_ROOT
+from dartax._thinning import Thinning
 
 PyTree = Any
 
@@ -44,29 +46,39 @@ def accumulate(
     return jax.lax.clamp(-most, z, most).astype(last.dtype)
 
 
-def after(memory: PyTree, values: PyTree, params: PyTree) -> PyTree:
-    """``values``, scalars, which XLA must compute after ``memory``.
+def rows_before(params: PyTree, thinning: Thinning) -> PyTree:
+    """The rows of the parameters that go into the memory, read before these are overwritten.
 
-    New parameters are written over the old ones, without a copy of these, only where the program
-    shows that all that reads the old ones has been computed before. So the values are NaN where
-    their leaf of the memory begins with NaN. On a GPU one kernel computes the memory of all of a
-    leaf and its parameters, and this would tear it apart.
-
-    Not so where the leaf is split over an explicit mesh: its first element lies on one device.
+    See :func:`in_order`.
     """
 
-    def ordered(leaf, value):
-        if leaf.size == 0 or any(jax.typeof(leaf).sharding.spec):
+    def kept(param, rows):
+        return rows if rows.shape == param.shape else jax.lax.optimization_barrier(rows)
+
+    return jax.tree.map(kept, params, thinning.part(params))
+
+
+def in_order(values: PyTree, params: PyTree, rows: PyTree, memory: PyTree) -> PyTree:
+    """``values``, non-negative scalars, which XLA must compute after what reads the parameters.
+
+    New parameters are written over the old ones, without a copy of these, only where the program
+    shows that all that reads the old ones has been computed before. On a CPU that is the memory. On
+    a GPU it is the rows of a large leaf; of another one a kernel computes the memory and the
+    parameters at once, which this would tear apart.
+
+    It shows nothing where the leaf is split over an explicit mesh: its first element lies on one
+    device.
+    """
+
+    def wait(value, param, row, z, on_cpu):
+        first = z if on_cpu else row
+        fused = not on_cpu and row.shape == param.shape
+        if fused or first.size == 0 or any(jax.typeof(first).sharding.spec):
             return value
-        return jnp.where(jnp.isnan(leaf[(0,) * leaf.ndim]), jnp.nan, value)
+        never = jnp.isnan(first[(0,) * first.ndim]) & (value < 0)
+        return jnp.where(never, jnp.nan, value)
 
-    def on_cpu(memory: PyTree, values: PyTree) -> PyTree:
-        return jax.tree.map(ordered, memory, values)
+    def on(on_cpu):
+        return lambda *trees: jax.tree.map(functools.partial(wait, on_cpu=on_cpu), *trees)
 
-    def elsewhere(memory: PyTree, values: PyTree) -> PyTree:
-        def one(leaf, value, param):
-            return value if leaf.shape == param.shape else ordered(leaf, value)
-
-        return jax.tree.map(one, memory, values, params)
-
-    return jax.lax.platform_dependent(memory, values, cpu=on_cpu, default=elsewhere)
+    return jax.lax.platform_dependent(values, params, rows, memory, cpu=on(True), default=on(False))

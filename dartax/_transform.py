@@ -271,7 +271,9 @@ def scale_by_dirichlet(
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if guarded and remembers:
-            again = inner.again(inner_state, params, thinning.part)
+            rows = _memory.rows_before(params, thinning) if inner.reads_params else None
+            part = lambda tree: rows if tree is params else thinning.part(tree)  # noqa: E731
+            again = inner.again(inner_state, params, part)
         else:
             again = thinning.part(direction)
         if not always_finite:
@@ -294,7 +296,7 @@ def scale_by_dirichlet(
         else:
             (leaf_rates,) = _blocks.spread(index, direction, last_rates)
         if guarded and inner.reads_params:
-            leaf_rates = _memory.after(new_direction, leaf_rates, direction)
+            leaf_rates = _memory.in_order(leaf_rates, params, rows, new_direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient

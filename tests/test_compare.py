@@ -304,7 +304,8 @@ def test_ablations_change_what_they_say(name, monkeypatch):
 
     def concentrations(factory):
         optimizer = factory(init_rate=1e-2, key=3)
-        params = {"flat": jnp.ones((3, 2)), "steep": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+        flat = jnp.linspace(0.5, 1.5, 6).reshape(3, 2)
+        params = {"flat": flat, "steep": jnp.ones((2, 2)), "bias": jnp.ones(2)}
 
         def loss(params):
             return sum(
