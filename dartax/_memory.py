@@ -53,7 +53,8 @@ def rows_before(params: PyTree, thinning: Thinning) -> PyTree:
     """
 
     def kept(param, rows):
-        return rows if rows.shape == param.shape else jax.lax.optimization_barrier(rows)
+        whole = jnp.shape(rows) == jnp.shape(param)
+        return rows if whole else jax.lax.optimization_barrier(rows)
 
     return jax.tree.map(kept, params, thinning.part(params))
 
@@ -72,7 +73,7 @@ def in_order(values: PyTree, params: PyTree, rows: PyTree, memory: PyTree) -> Py
 
     def wait(value, param, row, z, on_cpu):
         first = z if on_cpu else row
-        fused = not on_cpu and row.shape == param.shape
+        fused = not on_cpu and jnp.shape(row) == jnp.shape(param)
         if fused or first.size == 0 or any(jax.typeof(first).sharding.spec):
             return value
         never = jnp.isnan(first[(0,) * first.ndim]) & (value < 0)

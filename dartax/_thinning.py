@@ -70,18 +70,18 @@ class Thinning:
         """A tree with what is kept of every leaf."""
 
         def kept(leaf):
-            if (rows := self.rows(leaf.shape)) is None:
+            if (rows := self.rows(jnp.shape(leaf))) is None:
                 return leaf
             axis, number, step = rows
             return jax.lax.slice_in_dim(leaf, 0, number * step, step, axis)
 
-        if all(self.rows(leaf.shape) is None for leaf in jax.tree.leaves(tree)):
+        if all(self.rows(jnp.shape(leaf)) is None for leaf in jax.tree.leaves(tree)):
             return tree
         return auto_sharded(lambda tree: jax.tree.map(kept, tree), tree, shape=self.shape)
 
     def rest_is_finite(self, tree: PyTree) -> jax.Array:
         """Whether the leaves of which only a part is kept are finite."""
-        large = [leaf for leaf in jax.tree.leaves(tree) if self.rows(leaf.shape)]
+        large = [leaf for leaf in jax.tree.leaves(tree) if self.rows(jnp.shape(leaf))]
         # A sum takes half as long as any() of a predicate. One that leaves float32 is no loss: the
         # square of some element does so too.
         sums = [jnp.sum(leaf.astype(jnp.float32)) for leaf in large]

@@ -134,3 +134,15 @@ def test_another_shape_is_refused():
     grads, params = {"w": jnp.zeros((1000, 1000))}, {"w": jnp.zeros((999, 1000))}
     with pytest.raises(ValueError, match="params must have the shapes"):
         optimizer.update(grads, state, params)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_python_numbers_and_numpy_arrays_will_do(weight_decay):
+    params = {"a": 1.0, "b": np.ones((300, 300), np.float32)}
+    optimizer = dartax.dart(weight_decay=weight_decay)
+    state = optimizer.init(params)
+    updates, _ = optimizer.update(params, state, params, grad=params)
+    expected, _ = optimizer.update(
+        jax.tree.map(jnp.asarray, params), state, jax.tree.map(jnp.asarray, params)
+    )
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
