@@ -23,7 +23,7 @@ PyTree = Any
 # Kept is one in so many rows, ...
 MOST = 32
 # ... but no fewer elements than this: the fewer, the more noise there is in the hypergradient.
-LEAST = 1 << 15
+LEAST = 1 << 16
 # A mesh that splits a tensor among so many devices, or a number that divides it, splits the rows
 # that are kept in the same way.
 DEVICES = 16

@@ -18,15 +18,15 @@ from dartax._thinning import DEVICES, LEAST, MOST, Thinning
     [
         ((), ()),
         ((0, 5), (0, 5)),
-        ((256, 256), (256, 256)),  # not more than twice what is always kept
-        ((768, 768), (48, 768)),
+        ((512, 256), (512, 256)),  # not more than twice what is always kept
+        ((768, 768), (96, 768)),
         ((768, 3072), (32, 3072)),
         ((4096, 4096), (128, 4096)),
         ((50257, 768), (1733, 768)),
-        ((1294, 1294), (42, 1294)),
+        ((1294, 1294), (52, 1294)),
         ((3, 3, 512, 512), (3, 3, 16, 512)),
         ((12, 768, 768), (12, 32, 768)),
-        ((1_000_000,), (40_000,)),
+        ((1_000_000,), (100_000,)),
         ((1, 1_000_000), (1, 1_000_000)),  # no rows to choose among
     ],
 )
@@ -98,9 +98,9 @@ def test_state_is_little_more_than_that_of_adam(monkeypatch):
     params = {"kernel": jnp.zeros((1024, 1024)), "bias": jnp.zeros(1024)}
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     state = dartax.dart().init(params)
-    assert size(state) < 1.01 * size(optax.adam(1e-3).init(params))
+    assert size(state) < 1.02 * size(optax.adam(1e-3).init(params))
     monkeypatch.setattr(_dart, "LEAST", math.inf)
-    assert size(dartax.dart().init(params)) > 1.24 * size(state)
+    assert size(dartax.dart().init(params)) > 1.22 * size(state)
 
 
 @pytest.mark.parametrize("blocks", ["channel", "element"])
@@ -138,7 +138,7 @@ def test_another_shape_is_refused():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_python_numbers_and_numpy_arrays_will_do(weight_decay):
-    params = {"a": 1.0, "b": np.ones((300, 300), np.float32)}
+    params = {"a": 1.0, "b": np.ones((400, 400), np.float32)}
     optimizer = dartax.dart(weight_decay=weight_decay)
     state = optimizer.init(params)
     updates, _ = optimizer.update(params, state, params, grad=params)
