@@ -203,7 +203,7 @@ def scale_by_dirichlet(
             last_multiplier=f32(multiplier),
             min_rate=f32(min_rate),
             max_rate=f32(max_rate),
-            last_direction=thinning.part(_memory.empty(params, direction_dtype, remembers)),
+            last_direction=_memory.empty(thinning.part(params), direction_dtype, remembers),
             inner_state=inner.init(params),
         )
 
@@ -272,6 +272,7 @@ def scale_by_dirichlet(
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if guarded and remembers:
             rows = _memory.rows_before(params, thinning) if inner.reads_params else None
+            # What else it takes a part of has no such order.
             part = lambda tree: rows if tree is params else thinning.part(tree)  # noqa: E731
             again = inner.again(inner_state, params, part)
         else:
