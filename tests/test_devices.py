@@ -44,9 +44,9 @@ def loss_fn(params, x):
     return jnp.mean((x - 0.5) ** 2)
 
 
-def assert_close(tree, expected):
+def assert_close(tree, expected, atol=1e-5):
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), tree, expected
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=atol), tree, expected
     )
 
 
@@ -98,7 +98,7 @@ def on_one_device():
     return batches, params
 
 
-def ends_where_one_device_ends(layout, width):
+def ends_where_one_device_ends(layout, width, atol=1e-5):
     """Trains on both; returns where the parameters were, and what the devices have at the end."""
     batches = jax.random.normal(jax.random.key(1), (STEPS, 16, width))
     optimizer, params = dartax.dart(init_rate=1e-3), make_params(width)
@@ -106,7 +106,7 @@ def ends_where_one_device_ends(layout, width):
     params, batch_sharding = placed(layout, params)
     batches = [jax.device_put(x, batch_sharding) for x in batches]
     after, state, jitted = train(optimizer, params, batches)
-    assert_close(after, expected)
+    assert_close(after, expected, atol)
     found, wanted = (optax.tree.get(s, "concentration") for s in (state, expected_state))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
     return params, after, state, jitted, batches[0]
@@ -144,7 +144,8 @@ def test_ends_where_one_device_ends(width, kept, layout, monkeypatch):
 
 def test_kept_rows_that_lie_unevenly_come_from_a_neighbour(monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 1 << 15)  # of every 49 rows 3
-    _, after, state, jitted, batch = ends_where_one_device_ends("fully sharded", 784)
+    # Of so many gradients some are next to 0, and Adam makes a step of what is rounding there.
+    _, after, state, jitted, batch = ends_where_one_device_ends("fully sharded", 784, atol=1e-4)
     assert state[0].last_direction[0]["kernel"].shape == (48, 784)
     moved = collectives(jitted, after, state, batch)
     rows = [shape for operation, shape in moved if operation == "collective-permute"]
