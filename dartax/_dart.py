@@ -192,7 +192,7 @@ def scale_by_dart(
       inner: Direction of the step, an ``optax.GradientTransformation`` that does not flip
         the sign. ``None`` is ``dartax.inner.adam(b2=0.99)``; ``optax.identity()`` is SGD. Around
         ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` a step costs less than around
-        those of optax, with Adam about half.
+        those of optax, with Adam less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
         blocks. From 1e-8 to 1e-4 it hardly matters: the rates grow by a factor of 10 in 5

@@ -18,7 +18,8 @@ and the gradient of the next loss with respect to the rates of the steps so far 
 as if the rates of the steps inside the horizon moved together. horizon = 0 is the hypergradient
 of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form
 sums what the Dirichlet moved the parameters by: while the rates grow over decades, the tiny
-steps of the beginning do not outweigh the later ones.
+steps of the beginning do not outweigh the later ones. Of a large tensor some rows stand for all of
+both factors (``_thinning.py``).
 """
 
 import functools
