@@ -71,12 +71,12 @@ def check_updates(name: str, updates: PyTree, template: PyTree, shape: Shape) ->
             jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(template), strict=True
         )
         for (path, update), leaf in pairs:
-            got, kept = jnp.shape(update), shape(jnp.shape(update))
+            given, kept = jnp.shape(update), shape(jnp.shape(update))
             if kept != leaf.shape:
-                thinned = f", of which the state would keep {kept}," if kept != got else ""
+                thinned = f", of which the state would keep {kept}," if kept != given else ""
                 raise ValueError(
                     f"{name} must have the shapes of the parameters given to init, got "
-                    f"{got}{thinned} instead of {leaf.shape} at '{path_name(path)}'; "
+                    f"{given}{thinned} instead of {leaf.shape} at '{path_name(path)}'; "
                     "call init again after changing the model."
                 )
             if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
@@ -85,11 +85,9 @@ def check_updates(name: str, updates: PyTree, template: PyTree, shape: Shape) ->
                     "take the gradient of a real loss with respect to real parameters."
                 )
         return
-    paths = [
-        {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (updates, template)
-    ]
-    missing, extra = sorted(paths[1] - paths[0]), sorted(paths[0] - paths[1])
+    got = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
+    missing, extra = sorted(want - got), sorted(got - want)
     raise ValueError(
         f"{name} must have the tree structure of the parameters given to init, got "
         + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
