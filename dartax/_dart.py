@@ -211,8 +211,8 @@ def scale_by_dart(
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
       direction_dtype: Name of the dtype of the memory of past steps, 2 bytes per element of which
-        in ``bfloat16``. Of a tensor with more than 131,072 elements it holds some rows alone, 1 in
-        32, or more where that would leave fewer than 65,536 elements (but all where channels or
+        in ``bfloat16``. Of a tensor with more than 131,072 elements it holds a sample alone, 1 in
+        48, or more where that would leave fewer than 16,384 elements (but all where channels or
         elements have rates).
 
     Returns:

@@ -2,7 +2,7 @@
 
     z_t = horizon * z_{t-1} + weight_t * u_t
 
-is a tree like the parameters, or of some rows of them (``_thinning.py``). At horizon 0 it is the
+is a tree like the parameters, or of a sample of them (``_thinning.py``). At horizon 0 it is the
 last direction alone, which some transforms can give again from their state: then nothing is kept of
 it.
 """
@@ -46,25 +46,25 @@ def accumulate(
     return jax.lax.clamp(-most, z, most).astype(last.dtype)
 
 
-def rows_before(params: PyTree, thinning: Thinning) -> PyTree:
-    """The rows of the parameters that go into the memory, read before these are overwritten.
+def part_before(params: PyTree, thinning: Thinning) -> PyTree:
+    """The part of the parameters that goes into the memory, read before these are overwritten.
 
     See :func:`in_order`.
     """
 
-    def kept(param, rows):
-        whole = jnp.shape(rows) == jnp.shape(param)
-        return rows if whole else jax.lax.optimization_barrier(rows)
+    def kept(param, part):
+        whole = jnp.shape(part) == jnp.shape(param)
+        return part if whole else jax.lax.optimization_barrier(part)
 
     return jax.tree.map(kept, params, thinning.part(params))
 
 
-def in_order(values: PyTree, params: PyTree, rows: PyTree, memory: PyTree) -> PyTree:
+def in_order(values: PyTree, params: PyTree, part: PyTree, memory: PyTree) -> PyTree:
     """``values``, non-negative scalars, which XLA must compute after what reads the parameters.
 
     New parameters are written over the old ones, without a copy of these, only where the program
     shows that all that reads the old ones has been computed before. On a CPU that is the memory. On
-    a GPU it is the rows of a large leaf; of another one a kernel computes the memory and the
+    a GPU it is the part of a large leaf; of another one a kernel computes the memory and the
     parameters at once, which this would tear apart.
 
     It shows nothing where the leaf is split over an explicit mesh: its first element lies on one
@@ -82,4 +82,4 @@ def in_order(values: PyTree, params: PyTree, rows: PyTree, memory: PyTree) -> Py
     def on(on_cpu):
         return lambda *trees: jax.tree.map(functools.partial(wait, on_cpu=on_cpu), *trees)
 
-    return jax.lax.platform_dependent(values, params, rows, memory, cpu=on(True), default=on(False))
+    return jax.lax.platform_dependent(values, params, part, memory, cpu=on(True), default=on(False))

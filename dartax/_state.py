@@ -9,7 +9,7 @@ import numpy as np
 from dartax._blocks import BlockIndex, PyTree
 
 # Layout of the state below.
-VERSION = 5
+VERSION = 6
 
 
 class Draw(NamedTuple):
@@ -65,7 +65,7 @@ class ScaleByDartState(NamedTuple):
       min_rate: Lower end of the rates at the last update.
       max_rate: Upper end of the rates at the last update.
       last_direction: z, the directions (``paper_dart``) or steps (``dart``) that the next
-        gradient is compared with; a tree like the parameters, or of some of their rows.
+        gradient is compared with; a tree like the parameters, or of a sample of them.
       inner_state: State of the inner transform.
     """
 

@@ -1,11 +1,16 @@
-"""Which rows of a large tensor the memory of past steps holds.
+"""Which elements of a large tensor the memory of past steps holds.
 
 The hypergradient of a block is an inner product over all its elements. Some of them tell as well
-whether its steps were too long or too short: with n elements, m of which lie in the rows R,
+whether its steps were too long or too short: with n elements, m of which are in the sample S,
 
-    h = -< g, z >    is estimated by    -(n / m) < g[R], z[R] >
+    h = -< g, z >    is estimated by    -(n / m) < g[S], z[S] >
 
-so that the memory z of the other rows need not be kept, and a step neither reads nor writes it.
+so that the memory z of the others need not be kept, and a step neither reads nor writes it.
+
+The gradient of a matrix is a sum of outer products, one for every example, of what goes into the
+layer and what comes back from the next one. A few whole rows would tell of a few inputs only, and
+resonate with what repeats in them, such as the lines of an image. So the columns take turns: each
+bunch of rows gives one element of every column, but groups of columns have it from different rows.
 """
 
 import dataclasses
@@ -20,26 +25,48 @@ from dartax._mesh import auto_sharded
 
 PyTree = Any
 
-# Kept is one in so many rows, ...
-MOST = 32
-# ... but no fewer elements than this: the fewer, the more noise there is in the hypergradient.
-LEAST = 1 << 16
+# Kept is one element in so many, ...
+MOST = 48
+# ... but no fewer than this: the fewer, the more noise there is in the hypergradient. And all of a
+# tensor that is not SMALL times as large.
+LEAST, SMALL = 1 << 14, 8
+# Of the rows one in so many is read.
+READ = 8
+# So many neighbouring columns have the same rows: they share lines of the memory.
+WIDTH = 16
 # A mesh that splits a tensor among so many devices, or a number that divides it, splits the rows
-# that are kept in the same way.
+# of the sample in the same way.
 DEVICES = 16
 
 
-class Rows(NamedTuple):
-    """``number`` rows of a tensor along ``axis``, one every ``step``, from the first on."""
+class Sample(NamedTuple):
+    """Bunches of ``step`` rows along ``axis``, ``number`` of them, each of which gives one row.
+
+    It is put together from ``turns`` rows of the bunch, evenly spaced, the first one included.
+    """
 
     axis: int
     number: int
     step: int
+    turns: int
+
+    def take(self, tensor: jax.Array) -> jax.Array:
+        """Those elements of a tensor."""
+        axis, number, step, turns = self
+        starts = [turn * step // turns for turn in range(turns)]
+        rows = [
+            jax.lax.slice_in_dim(tensor, start, start + (number - 1) * step + 1, step, axis)
+            for start in starts
+        ]
+        shape = rows[0].shape
+        turn = jnp.asarray(np.arange(shape[-1]) // WIDTH % turns, jnp.int32)
+        # Slices and a choice, no gather, which XLA would split among devices by moving the tensor.
+        return jax.lax.select_n(jnp.broadcast_to(turn, shape), *rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Thinning:
-    """What is kept of tensors: of large ones some rows, of others all.
+    """What is kept of tensors: of large ones a sample, of others all.
 
     Attributes:
       least: Number of elements that are always kept; ``math.inf`` keeps all.
@@ -47,10 +74,10 @@ class Thinning:
 
     least: float = LEAST
 
-    def rows(self, shape: tuple[int, ...]) -> Rows | None:
-        """Those that are kept of a tensor of this shape; ``None`` where all are."""
+    def sample(self, shape: tuple[int, ...]) -> Sample | None:
+        """What is kept of a tensor of this shape; ``None`` where all is."""
         size = math.prod(shape)
-        if size <= 2 * self.least:
+        if size <= SMALL * self.least:
             return None
         # Along the last axis a row would be a single number of every line of the memory.
         axis = int(np.argmax(shape[:-1] or shape))
@@ -58,30 +85,33 @@ class Thinning:
         length = shape[axis] // parts
         fewest = math.ceil(length / min(MOST, size / self.least))
         # Where their number divides the length, every device has all of its own rows.
-        number = next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
-        return Rows(axis, parts * number, length // number) if number < length else None
+        even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
+        number = next(even, length // (length // fewest))
+        step = length // number
+        turns = math.ceil(step / READ) if len(shape) > 1 else 1
+        return Sample(axis, parts * number, step, turns) if step > 1 else None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what is kept of a tensor of this shape."""
-        rows = self.rows(shape)
-        return (*shape[: rows.axis], rows.number, *shape[rows.axis + 1 :]) if rows else shape
+        sample = self.sample(shape)
+        return (
+            (*shape[: sample.axis], sample.number, *shape[sample.axis + 1 :]) if sample else shape
+        )
 
     def part(self, tree: PyTree) -> PyTree:
         """A tree with what is kept of every leaf."""
 
         def kept(leaf):
-            if (rows := self.rows(jnp.shape(leaf))) is None:
-                return leaf
-            axis, number, step = rows
-            return jax.lax.slice_in_dim(leaf, 0, number * step, step, axis)
+            sample = self.sample(jnp.shape(leaf))
+            return leaf if sample is None else sample.take(leaf)
 
-        if all(self.rows(jnp.shape(leaf)) is None for leaf in jax.tree.leaves(tree)):
+        if all(self.sample(jnp.shape(leaf)) is None for leaf in jax.tree.leaves(tree)):
             return tree
         return auto_sharded(lambda tree: jax.tree.map(kept, tree), tree, shape=self.shape)
 
     def rest_is_finite(self, tree: PyTree) -> jax.Array:
         """Whether the leaves of which only a part is kept are finite."""
-        large = [leaf for leaf in jax.tree.leaves(tree) if self.rows(jnp.shape(leaf))]
+        large = [leaf for leaf in jax.tree.leaves(tree) if self.sample(jnp.shape(leaf))]
         # A sum takes half as long as any() of a predicate. One that leaves float32 is no loss: the
         # square of some element does so too.
         sums = [jnp.sum(leaf.astype(jnp.float32)) for leaf in large]

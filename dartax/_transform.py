@@ -18,7 +18,7 @@ and the gradient of the next loss with respect to the rates of the steps so far 
 as if the rates of the steps inside the horizon moved together. horizon = 0 is the hypergradient
 of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form
 sums what the Dirichlet moved the parameters by: while the rates grow over decades, the tiny
-steps of the beginning do not outweigh the later ones. Of a large tensor some rows stand for all of
+steps of the beginning do not outweigh the later ones. Of a large tensor a sample stands for all of
 both factors (``_thinning.py``).
 """
 
@@ -272,9 +272,9 @@ def scale_by_dirichlet(
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if guarded and remembers:
-            rows = _memory.rows_before(params, thinning) if inner.reads_params else None
+            before = _memory.part_before(params, thinning) if inner.reads_params else None
             # What else it takes a part of has no such order.
-            part = lambda tree: rows if tree is params else thinning.part(tree)  # noqa: E731
+            part = lambda tree: before if tree is params else thinning.part(tree)  # noqa: E731
             again = inner.again(inner_state, params, part)
         else:
             again = thinning.part(direction)
@@ -298,7 +298,7 @@ def scale_by_dirichlet(
         else:
             (leaf_rates,) = _blocks.spread(index, direction, last_rates)
         if guarded and inner.reads_params:
-            leaf_rates = _memory.in_order(leaf_rates, params, rows, new_direction)
+            leaf_rates = _memory.in_order(leaf_rates, params, before, new_direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient

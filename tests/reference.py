@@ -96,11 +96,11 @@ def dart(
     params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, max_rate=1.0,
     concentration=10.0, horizon=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
-    rows: dict[str, slice] | None = None,
+    sample: dict[str, np.ndarray] | None = None,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
 
-    ``rows`` are those that a thin memory holds.
+    ``sample`` is True where a thin memory holds an element.
     """
     b1, b_trend, b2 = 0.9, 0.98, 0.99
     names = sorted(params)
@@ -125,7 +125,7 @@ def dart(
         if t > 0:
             h = np.zeros(K)
             for name in names:
-                products = (g[name] * z[name])[(rows or {}).get(name, slice(None))]
+                products = (g[name] * z[name])[(sample or {}).get(name, ...)]
                 h[labels[name]] -= g[name].size / products.size * np.sum(products)
             grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
             grad = grad + 0.3 * grad.mean()

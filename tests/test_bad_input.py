@@ -242,7 +242,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 5, got 1 .* call init"
+            ValueError, match="state must have version 6, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import dartax
-from dartax import _dart, random
+from dartax import _dart, _thinning, random
 
 STEPS = 50
 SHAPES = {"a": (3,), "b": (2, 2), "c": (4,)}
@@ -169,16 +169,22 @@ def test_shared_blocks_follow_the_reference():
 )
 def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 8)
-    params, noise, gradients = problem(5, {"a": (3,), "b": (48, 2), "c": (100,)})
+    monkeypatch.setattr(_thinning, "READ", 2)
+    params, noise, gradients = problem(5, {"a": (3,), "b": (64, 48), "c": (100,)})
     optimizer = dartax.dart(inner=inner, direction_dtype="float32", **options)
     got = dartax_trajectory(optimizer, params, noise)
-    # Of 16 parts of 3 rows the first ones; of 4 of 25, for want of a divisor, every 12th row.
+    # Of 64 rows every fourth, which 16 columns in turn have from two rows later. Of a vector, in 4
+    # parts of 25, every twelfth number.
+    row, column = np.indices((64, 48))
     expected = reference.dart(
         params,
         gradients,
         reference.adam(beta2=0.99),
         shared_draws(0),
-        rows={"b": slice(None, None, 3), "c": slice(None, 96, 12)},
+        sample={
+            "b": row % 4 == 2 * (column // 16 % 2),
+            "c": np.isin(np.arange(100), np.arange(0, 96, 12)),
+        },
         **options,
     )
     expected = list(expected)
