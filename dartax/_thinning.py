@@ -30,8 +30,8 @@ MOST = 48
 # ... but no fewer than this: the fewer, the more noise there is in the hypergradient. And all of a
 # tensor that is not SMALL times as large.
 LEAST, SMALL = 1 << 14, 8
-# Of the rows one in so many is read.
-READ = 8
+# From so many rows of a bunch; each is read as a whole.
+TURNS = 8
 # So many neighbouring columns have the same rows: they share lines of the memory.
 WIDTH = 16
 # A mesh that splits a tensor among so many devices, or a number that divides it, splits the rows
@@ -88,7 +88,7 @@ class Thinning:
         even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
         number = next(even, length // (length // fewest))
         step = length // number
-        turns = math.ceil(step / READ) if len(shape) > 1 else 1
+        turns = min(step, TURNS) if len(shape) > 1 else 1
         return Sample(axis, parts * number, step, turns) if step > 1 else None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -116,7 +116,7 @@ def ends_where_one_device_ends(layout, width, atol=1e-5):
 @pytest.mark.parametrize(("width", "kept"), [(16, 16), (64, 16)])
 def test_ends_where_one_device_ends(width, kept, layout, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 64)  # of the wider ones every fourth row, ...
-    monkeypatch.setattr(_thinning, "READ", 2)  # put together from two
+    monkeypatch.setattr(_thinning, "TURNS", 2)  # put together from two
     params, after, state, jitted, batch = ends_where_one_device_ends(layout, width)
 
     # State lies where its parameters lie, and every device has the same draw.
@@ -144,7 +144,7 @@ def test_ends_where_one_device_ends(width, kept, layout, monkeypatch):
 
 
 def test_kept_rows_that_lie_unevenly_come_from_a_neighbour(monkeypatch):
-    monkeypatch.setattr(_dart, "LEAST", 1 << 15)  # of every 49 rows 3, put together from 2 each
+    monkeypatch.setattr(_dart, "LEAST", 1 << 15)  # of every 49 rows 3, put together from 8 each
     # Of so many gradients some are next to 0, and Adam makes a step of what is rounding there.
     _, after, state, jitted, batch = ends_where_one_device_ends("fully sharded", 784, atol=1e-4)
     assert state[0].last_direction[0]["kernel"].shape == (48, 784)
@@ -209,7 +209,7 @@ def test_explicit_mesh(on_one_device):
 def test_explicit_mesh_with_sharded_parameters(options, width, monkeypatch):
     monkeypatch.setattr(_allocation, "LEAST", 64)  # slices of the matrices
     monkeypatch.setattr(_dart, "LEAST", 64)  # and every third row of the larger ones, ...
-    monkeypatch.setattr(_thinning, "READ", 2)  # put together from two
+    monkeypatch.setattr(_thinning, "TURNS", 2)  # put together from two
     optimizer, ends = dartax.dart(init_rate=1e-3, **options), []
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     for place in (lambda p: p, lambda p: jax.device_put(p, NamedSharding(mesh, P("x")))):

@@ -169,7 +169,7 @@ def test_shared_blocks_follow_the_reference():
 )
 def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 8)
-    monkeypatch.setattr(_thinning, "READ", 2)
+    monkeypatch.setattr(_thinning, "TURNS", 2)
     params, noise, gradients = problem(5, {"a": (3,), "b": (64, 48), "c": (100,)})
     optimizer = dartax.dart(inner=inner, direction_dtype="float32", **options)
     got = dartax_trajectory(optimizer, params, noise)
