@@ -88,8 +88,8 @@ class Thinning:
         even = (n for n in range(fewest, 2 * fewest) if length % n == 0)
         number = next(even, length // (length // fewest))
         step = length // number
-        turns = min(step, TURNS) if len(shape) > 1 else 1
-        return Sample(axis, parts * number, step, turns) if step > 1 else None
+        groups = math.ceil(shape[-1] / WIDTH) if len(shape) > 1 else 1
+        return Sample(axis, parts * number, step, min(step, TURNS, groups)) if step > 1 else None
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what is kept of a tensor of this shape."""

@@ -61,8 +61,8 @@ def test_the_part_of_a_tree():
     thinning = Thinning(8)
     tree = {"large": jnp.arange(96.0).reshape(48, 2), "small": jnp.arange(3.0)}
     part = thinning.part(tree)
-    assert thinning.sample((48, 2)) == Sample(axis=0, number=16, step=3, turns=3)
-    np.testing.assert_array_equal(part["large"], np.arange(96.0).reshape(48, 2)[::3])  # one group
+    assert thinning.sample((48, 2)) == Sample(axis=0, number=16, step=3, turns=1)
+    np.testing.assert_array_equal(part["large"], np.arange(96.0).reshape(48, 2)[::3])
     assert part["small"] is tree["small"]
     assert thinning.part({"small": tree["small"]})["small"] is tree["small"]
 
