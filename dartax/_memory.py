@@ -7,7 +7,6 @@ last direction alone, which some transforms can give again from their state: the
 it.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._blocks import LARGEST_ROOT
-from dartax._thinning import Thinning
 
 PyTree = Any
 
@@ -44,42 +42,3 @@ def accumulate(
     # Of greater ones the inner product with any gradient would be infinite.
     most = np.float32(min(LARGEST_ROOT, float(jnp.finfo(last.dtype).max)))
     return jax.lax.clamp(-most, z, most).astype(last.dtype)
-
-
-def part_before(params: PyTree, thinning: Thinning) -> PyTree:
-    """The part of the parameters that goes into the memory, read before these are overwritten.
-
-    See :func:`in_order`.
-    """
-
-    def kept(param, part):
-        whole = jnp.shape(part) == jnp.shape(param)
-        return part if whole else jax.lax.optimization_barrier(part)
-
-    return jax.tree.map(kept, params, thinning.part(params))
-
-
-def in_order(values: PyTree, params: PyTree, part: PyTree, memory: PyTree) -> PyTree:
-    """``values``, non-negative scalars, which XLA must compute after what reads the parameters.
-
-    New parameters are written over the old ones, without a copy of these, only where the program
-    shows that all that reads the old ones has been computed before. On a CPU that is the memory. On
-    a GPU it is the part of a large leaf; of another one a kernel computes the memory and the
-    parameters at once, which this would tear apart.
-
-    It shows nothing where the leaf is split over an explicit mesh: its first element lies on one
-    device.
-    """
-
-    def wait(value, param, row, z, on_cpu):
-        first = z if on_cpu else row
-        fused = not on_cpu and jnp.shape(row) == jnp.shape(param)
-        if fused or first.size == 0 or any(jax.typeof(first).sharding.spec):
-            return value
-        never = jnp.isnan(first[(0,) * first.ndim]) & (value < 0)
-        return jnp.where(never, jnp.nan, value)
-
-    def on(on_cpu):
-        return lambda *trees: jax.tree.map(functools.partial(wait, on_cpu=on_cpu), *trees)
-
-    return jax.lax.platform_dependent(values, params, part, memory, cpu=on(True), default=on(False))

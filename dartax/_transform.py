@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax import _blocks, _check, _memory, random
+from dartax import _blocks, _check, _memory, _order, random
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 from dartax._guarded import Guarded, choose, zero_unless
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
@@ -272,7 +272,7 @@ def scale_by_dirichlet(
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if guarded and remembers:
-            before = _memory.part_before(params, thinning) if inner.reads_params else None
+            before = _order.part_before(params, thinning) if inner.reads_params else None
             # What else it takes a part of has no such order.
             part = lambda tree: before if tree is params else thinning.part(tree)  # noqa: E731
             again = inner.again(inner_state, params, part)
@@ -298,7 +298,7 @@ def scale_by_dirichlet(
         else:
             (leaf_rates,) = _blocks.spread(index, direction, last_rates)
         if guarded and inner.reads_params:
-            leaf_rates = _memory.in_order(leaf_rates, params, before, new_direction)
+            leaf_rates = _order.in_order(leaf_rates, params, before, new_direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)
 
         # 5. Keep what the next gradient is compared with. After a non-finite gradient

@@ -15,6 +15,7 @@ import optax
 from dartax import _check
 from dartax._blocks import LARGEST_ROOT
 from dartax._guarded import Guarded, choose
+from dartax._order import leaf_by_leaf
 
 PyTree = Any
 
@@ -33,13 +34,13 @@ def _as_half(direction: jax.Array, like: Any) -> jax.Array:
     return jnp.clip(direction, -most, most).astype(jnp.float16)
 
 
-def _fits(gradient: PyTree, finite: Any) -> PyTree:
+def _fits(gradient: jax.Array, finite: jax.Array) -> jax.Array:
     """Which elements may enter an average.
 
     An infinite square would stay there for ever, and a reduction to skip its whole step would be a
     pass more.
     """
-    return jax.tree.map(lambda g: finite & (jnp.abs(g) < LARGEST_ROOT), gradient)
+    return finite & (jnp.abs(gradient) < LARGEST_ROOT)
 
 
 def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
@@ -75,15 +76,17 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
         return 1 - b1**count, 1 - b2**count
 
     def update_fn(updates, state, params=None, *, finite=True, **_):
-        gradient, finite = _widened(updates), jnp.asarray(finite)
-        fits = _fits(gradient, finite)
-        mu = optax.tree.update_moment(gradient, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2)
-        state = optax.ScaleByAdamState(
-            count=choose(finite, optax.safe_increment(state.count), state.count),
-            mu=jax.tree.map(choose, fits, mu, state.mu),
-            nu=jax.tree.map(choose, fits, nu, state.nu),
-        )
+        finite = jnp.asarray(finite)
+
+        def moments(finite, g, mu, nu):
+            fits = _fits(g, finite)
+            new_mu = optax.tree.update_moment(g, mu, b1, 1)
+            new_nu = optax.tree.update_moment_per_elem_norm(g, nu, b2, 2)
+            return choose(fits, new_mu, mu), choose(fits, new_nu, nu)
+
+        mu, nu = leaf_by_leaf(moments, finite, _widened(updates), state.mu, state.nu)
+        count = choose(finite, optax.safe_increment(state.count), state.count)
+        state = optax.ScaleByAdamState(count, mu, nu)
         c1, c2 = corrections(state)
 
         def direction(mu, nu, like):
@@ -131,9 +134,10 @@ def momentum(decay: float = 0.9) -> Guarded:
         return optax.trace(decay).init(_widened(params))
 
     def update_fn(updates, state, params=None, *, finite=True, **_):
-        gradient = _widened(updates)
-        moved = jax.tree.map(lambda g, t: g + decay * t, gradient, state.trace)
-        trace = jax.tree.map(choose, _fits(gradient, finite), moved, state.trace)
+        def add(finite, g, trace):
+            return (choose(_fits(g, finite), g + decay * trace, trace),)
+
+        (trace,) = leaf_by_leaf(add, jnp.asarray(finite), _widened(updates), state.trace)
         like = updates if params is None else params
         return jax.tree.map(_as_half, trace, like), optax.TraceState(trace)
 
@@ -185,20 +189,21 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> Guarded:
         )
 
     def update_fn(updates, state, params=None, *, finite=True, **_):
-        gradient = _widened(updates)
-        fits = _fits(gradient, finite)
+        def average(finite, g, mu, last):
+            fits = _fits(g, finite)
+            sign = choose(fits, jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last)
+            # What all signs are: read here, they are computed before the average is overwritten, of
+            # which XLA would else keep a copy for them.
+            fits &= sign <= 1
+            return choose(fits, optax.tree.update_moment(g, mu, b2, 1), mu), sign
 
-        def new_sign(fits, g, mu, last):
-            return choose(fits, jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last)
-
-        sign = jax.tree.map(new_sign, fits, gradient, state.mu, state.sign)
-        # What all signs are: read here, they are computed before the average is overwritten, of
-        # which XLA would else keep a copy for them.
-        fits = jax.tree.map(lambda fits, sign: fits & (sign <= 1), fits, sign)
-        mu = optax.tree.update_moment(gradient, state.mu, b2, 1)
-        state = LionState(jax.tree.map(choose, fits, mu, state.mu), sign)
+        state = LionState(
+            *leaf_by_leaf(average, jnp.asarray(finite), _widened(updates), state.mu, state.sign)
+        )
         like = updates if params is None else params
-        directions = jax.tree.map(lambda s, like: s.astype(jnp.result_type(like)), sign, like)
+        directions = jax.tree.map(
+            lambda sign, like: sign.astype(jnp.result_type(like)), state.sign, like
+        )
         return directions, state
 
     def again(state, params, part):

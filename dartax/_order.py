@@ -1,0 +1,92 @@
+"""The order in which XLA computes what may be computed in any order.
+
+Where one order costs less than another, what should come later is made to depend on what should
+come before.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dartax._thinning import Thinning
+
+PyTree = Any
+
+# Elements that a processor computes before it goes on to the next ones: moments of so many,
+# neighbours in memory or not, stay in the caches until the parameters are computed from them.
+TURN = 1 << 19
+
+
+def _after(value: jax.Array, array: jax.Array) -> jax.Array:
+    """``value``, a scalar, which XLA must compute after ``array``, as far as it can be made to.
+
+    It is not made to where the array is split over an explicit mesh: its first element lies on one
+    device.
+    """
+    if array.size == 0 or any(jax.typeof(array).sharding.spec):
+        return value
+    first = jax.lax.stop_gradient(array[(0,) * array.ndim])
+    never = jnp.isnan(first) & (first == first)  # which XLA does not see
+    return jnp.where(never, jnp.zeros_like(value), value)
+
+
+def leaf_by_leaf(
+    update: Callable[..., tuple[jax.Array, ...]],
+    finite: jax.Array,
+    gradient: PyTree,
+    *state: PyTree,
+) -> list[PyTree]:
+    """The new state of an inner transform, ``update(finite, g, *s)`` for every leaf of its trees.
+
+    On a CPU XLA would first update the state of all leaves and then compute all new parameters,
+    from a state that has left the caches again. So leaves wait for those before them. On several
+    devices they do not: they would exchange an element for it.
+    """
+    leaves, structure = jax.tree.flatten(gradient)
+    rows, waiting = [], 0
+    for leaf in zip(leaves, *map(structure.flatten_up_to, state), strict=True):
+        rows.append(update(finite, *leaf))
+        waiting += math.prod(jnp.shape(leaf[0]))
+        if waiting >= TURN and jax.device_count() == 1:
+            finite = jax.lax.platform_dependent(
+                finite, rows[-1][0], cpu=_after, default=lambda finite, _: finite
+            )
+            waiting = 0
+    columns = zip(*rows, strict=True) if rows else [()] * len(state)
+    return [jax.tree.unflatten(structure, column) for column in columns]
+
+
+def part_before(params: PyTree, thinning: Thinning) -> PyTree:
+    """The part of the parameters that goes into the memory, read before these are overwritten.
+
+    See :func:`in_order`.
+    """
+
+    def kept(param, part):
+        whole = jnp.shape(part) == jnp.shape(param)
+        return part if whole else jax.lax.optimization_barrier(part)
+
+    return jax.tree.map(kept, params, thinning.part(params))
+
+
+def in_order(values: PyTree, params: PyTree, part: PyTree, memory: PyTree) -> PyTree:
+    """``values``, scalars, which XLA must compute after what reads the parameters.
+
+    New parameters are written over the old ones, without a copy of these, only where the program
+    shows that all that reads the old ones has been computed before. On a CPU that is the memory. On
+    a GPU it is the part of a large leaf; of another one a kernel computes the memory and the
+    parameters at once, which this would tear apart.
+    """
+
+    def wait(value, param, row, z, on_cpu):
+        fused = not on_cpu and jnp.shape(row) == jnp.shape(param)
+        return value if fused else _after(value, z if on_cpu else row)
+
+    def on(on_cpu):
+        return lambda *trees: jax.tree.map(functools.partial(wait, on_cpu=on_cpu), *trees)
+
+    return jax.lax.platform_dependent(values, params, part, memory, cpu=on(True), default=on(False))
