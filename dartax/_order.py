@@ -5,7 +5,6 @@ come before.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,11 +45,12 @@ def leaf_by_leaf(
     from a state that has left the caches again. So leaves wait for those before them. On several
     devices they do not: they would exchange an element for it.
     """
-    leaves, structure = jax.tree.flatten(gradient)
+    structure: Any = jax.tree.structure(gradient)
+    leaves = zip(*map(structure.flatten_up_to, (gradient, *state)), strict=True)
     rows, waiting = [], 0
-    for leaf in zip(leaves, *map(structure.flatten_up_to, state), strict=True):
+    for leaf in leaves:
         rows.append(update(finite, *leaf))
-        waiting += math.prod(jnp.shape(leaf[0]))
+        waiting += jnp.size(leaf[0])
         if waiting >= TURN and jax.device_count() == 1:
             finite = jax.lax.platform_dependent(
                 finite, rows[-1][0], cpu=_after, default=lambda finite, _: finite
