@@ -15,8 +15,8 @@ from dartax._thinning import Thinning
 
 PyTree = Any
 
-# Elements that a processor computes before it goes on to the next ones: moments of so many,
-# neighbours in memory or not, stay in the caches until the parameters are computed from them.
+# Leaves of so many elements together are updated at a time: enough for many cores to share, and few
+# enough for their moments to be in the caches still when the parameters are computed from these.
 TURN = 1 << 19
 
 
