@@ -147,20 +147,23 @@ def block_index(numbers: list[int]) -> BlockIndex:
     return tuple(jnp.asarray(number, jnp.uint32) for number in numbers) or jnp.zeros(0, jnp.uint32)
 
 
+@jax.jit
+def dot(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Inner product of two arrays, accumulated in float32."""
+    # Nothing but the product: XLA makes a dot of it, which a loop over two operands is not.
+    return jnp.sum(left.astype(jnp.float32) * right.astype(jnp.float32))
+
+
 def block_dots(
-    left: PyTree, right: PyTree, index: BlockIndex, num_blocks: int, whole: PyTree = None
+    left: PyTree, right: PyTree, index: BlockIndex | None, num_blocks: int, whole: PyTree = None
 ) -> jax.Array:
     """Inner product of two trees over every block, accumulated in float32; ``[K]``.
 
     Where they are parts of larger trees, ``whole`` and another, it is that of these, as far as the
-    parts tell.
+    parts tell. Without an ``index`` each leaf is a block.
     """
-    # Nothing but the product: XLA makes a dot of it, which a loop over two operands is not.
     leaves = jax.tree.leaves(left)
-    dots = [
-        jnp.sum(jnp.asarray(x).astype(jnp.float32) * y.astype(jnp.float32))
-        for x, y in zip(leaves, jax.tree.leaves(right), strict=True)
-    ]
+    dots = [dot(x, y) for x, y in zip(leaves, jax.tree.leaves(right), strict=True)]
     if not dots:
         return jnp.zeros(num_blocks, jnp.float32)
     sums = jnp.stack(dots)
@@ -168,6 +171,8 @@ def block_dots(
     sizes = [(jnp.size(x), jnp.size(y)) for x, y in zip(wholes, leaves, strict=True)]
     if any(size != part for size, part in sizes):
         sums *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
+    if index is None:
+        return sums
     return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(sums)
 
 
@@ -186,13 +191,14 @@ def spread(index: BlockIndex, tree: PyTree, *values: jax.Array) -> list[PyTree]:
     """For each of ``values``, ``[K]``, a tree like ``tree`` with the scalars of its blocks."""
     structure: Any = jax.tree.structure(tree)
 
-    def scalars(block: jax.Array) -> list[jax.Array]:
+    @jax.jit
+    def scalars(block: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
         # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
         # same array, else those of many leaves, and what it tears apart for that is read twice.
         block, *own = jax.lax.optimization_barrier((block, *values))
         return [jax.lax.dynamic_slice(array, [block], [1]).reshape(()) for array in own]
 
-    of_leaves = [scalars(block) for block in index]
+    of_leaves = [scalars(block, values) for block in index]
     return [
         jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
     ]

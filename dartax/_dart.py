@@ -136,12 +136,15 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
+        decays, nums = jnp.array([B1, B_TREND, B2, B2]), jnp.stack([num, num, num, num - 1])
+        of_mu, of_trend, of_nu, of_last_nu = debias(jnp.ones(4), decays, nums)
+
         # A block that has seen no gradient yet does not move.
-        root = jnp.sqrt(debias(nu, B2, num))
+        root = jnp.sqrt(of_nu * nu)
         seen = root > 0
         inverse_root = jnp.where(seen, 1 / jnp.where(seen, root, 1.0), 0.0)
-        s = -debias(mu, B1, num) * inverse_root
-        s_long = -debias(trend, B_TREND, num) * inverse_root
+        s = -of_mu * mu * inverse_root
+        s_long = -of_trend * trend * inverse_root
 
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(max_rate) - f32(min_rate)) * share
@@ -150,7 +153,7 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         # At full speed where s is -1.
         retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
         change = growth_limit(rate, context) * grow - GROWTH * retreat
-        usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
+        usual = jnp.sqrt(of_last_nu * moments.hyper_nu)
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
         factor = jnp.exp(change)

@@ -34,6 +34,7 @@ def rebuild(direction: PyTree, weight: PyTree) -> PyTree:
     return jax.tree.map(lambda u, w: w * u.astype(jnp.float32), direction, weight)
 
 
+@jax.jit
 def accumulate(
     direction: jax.Array, weight: jax.Array, last: jax.Array, kept: jax.Array
 ) -> jax.Array:

@@ -5,6 +5,7 @@ come before.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,16 +47,24 @@ def leaf_by_leaf(
     devices they do not: they would exchange an element for it.
     """
     structure: Any = jax.tree.structure(gradient)
-    leaves = zip(*map(structure.flatten_up_to, (gradient, *state)), strict=True)
-    rows, waiting = [], 0
-    for leaf in leaves:
-        rows.append(update(finite, *leaf))
-        waiting += jnp.size(leaf[0])
-        if waiting >= TURN and jax.device_count() == 1:
-            finite = jax.lax.platform_dependent(
-                finite, rows[-1][0], cpu=_after, default=lambda finite, _: finite
-            )
-            waiting = 0
+    leaves = list(zip(*map(structure.flatten_up_to, (gradient, *state)), strict=True))
+
+    update_leaf = jax.jit(update)  # traced once for all leaves of a shape
+
+    def update_all(finite, leaves, turn=math.inf):
+        rows, waiting = [], 0
+        for leaf in leaves:
+            rows.append(update_leaf(finite, *leaf))
+            waiting += jnp.size(leaf[0])
+            if waiting >= turn:
+                finite, waiting = _after(finite, rows[-1][0]), 0
+        return rows
+
+    if jax.device_count() == 1:
+        in_turns = functools.partial(update_all, turn=TURN)
+        rows = jax.lax.platform_dependent(finite, leaves, cpu=in_turns, default=update_all)
+    else:
+        rows = update_all(finite, leaves)
     columns = zip(*rows, strict=True) if rows else [()] * len(state)
     return [jax.tree.unflatten(structure, column) for column in columns]
 

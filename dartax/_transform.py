@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dartax import _blocks, _check, _memory, _order, random
@@ -77,9 +78,9 @@ class Rule(NamedTuple):
     of_log: bool
 
 
-def f32(value: Any) -> jax.Array:
-    """A strongly typed float32 copy of ``value``: a state that is donated must own its arrays."""
-    return jnp.array(value, jnp.float32)
+def f32(value: Any) -> Any:
+    """``value`` in strongly typed float32; a Python number stays one that needs no program."""
+    return np.float32(value) if _check.is_number(value) else jnp.asarray(value, jnp.float32)
 
 
 def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.Array:
@@ -129,6 +130,7 @@ def fit(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.asarray(each) < LARGEST_ROOT)
 
 
+@jax.jit
 def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:
     """``rate * direction`` in the dtype of the direction, multiplied in float32 at least."""
     dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
@@ -177,6 +179,8 @@ def scale_by_dirichlet(
         A non-finite element shows in its inner product, whatever the other factor is.
         """
         part = thinning.part(gradient)
+        # As many blocks as leaves are numbered in their order.
+        index = None if num_blocks == len(index) else index
         h = -_blocks.block_dots(part, last_steps, index, num_blocks, whole=gradient)
         return h, jnp.all(jnp.isfinite(h)) & thinning.rest_is_finite(gradient)
 
@@ -201,9 +205,9 @@ def scale_by_dirichlet(
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),
             last_rates=per_block(),
-            last_multiplier=f32(multiplier),
-            min_rate=f32(min_rate),
-            max_rate=f32(max_rate),
+            last_multiplier=jnp.array(multiplier, jnp.float32),
+            min_rate=jnp.array(min_rate, jnp.float32),
+            max_rate=jnp.array(max_rate, jnp.float32),
             last_direction=_memory.empty(thinning.part(params), direction_dtype, remembers),
             inner_state=inner.init(params),
         )

@@ -89,23 +89,28 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
         state = optax.ScaleByAdamState(count, mu, nu)
         c1, c2 = corrections(state)
 
-        def direction(mu, nu, like):
-            u = (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
-            return _as_half(u, like)
+        @jax.jit
+        def direction(mu, nu, c1, c2):
+            return (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
 
         like = updates if params is None else params
-        return jax.tree.map(direction, state.mu, state.nu, like), state
+        directions = jax.tree.map(
+            lambda mu, nu, like: _as_half(direction(mu, nu, c1, c2), like), state.mu, state.nu, like
+        )
+        return directions, state
 
     def again(state, params, part):
         del params
         c1, c2 = corrections(state)
         scale, shift = c1 * jax.lax.rsqrt(c2), c1 * eps
 
-        def direction(mu, nu):
+        @jax.jit
+        def direction(mu, nu, scale, shift):
             dtype = jnp.promote_types(mu.dtype, jnp.float32)
             return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
 
-        return jax.tree.map(direction, part(state.mu), part(state.nu))
+        moments = part(state.mu), part(state.nu)
+        return jax.tree.map(lambda mu, nu: direction(mu, nu, scale, shift), *moments)
 
     return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
