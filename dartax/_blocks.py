@@ -187,18 +187,19 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
     return jnp.max(jnp.where(chosen, rows, -jnp.inf), axis=0)
 
 
+@jax.jit
+def _scalars(block: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
+    # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
+    # same array, else those of many leaves, and what it tears apart for that is read twice.
+    block, *own = jax.lax.optimization_barrier((block, *values))
+    return [jax.lax.dynamic_slice(array, [block], [1]).reshape(()) for array in own]
+
+
 def spread(index: BlockIndex, tree: PyTree, *values: jax.Array) -> list[PyTree]:
     """For each of ``values``, ``[K]``, a tree like ``tree`` with the scalars of its blocks."""
     structure: Any = jax.tree.structure(tree)
 
-    @jax.jit
-    def scalars(block: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
-        # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
-        # same array, else those of many leaves, and what it tears apart for that is read twice.
-        block, *own = jax.lax.optimization_barrier((block, *values))
-        return [jax.lax.dynamic_slice(array, [block], [1]).reshape(()) for array in own]
-
-    of_leaves = [scalars(block, values) for block in index]
+    of_leaves = [_scalars(block, values) for block in index]
     return [
         jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
     ]

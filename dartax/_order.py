@@ -49,18 +49,16 @@ def leaf_by_leaf(
     structure: Any = jax.tree.structure(gradient)
     leaves = list(zip(*map(structure.flatten_up_to, (gradient, *state)), strict=True))
 
-    update_leaf = jax.jit(update)  # traced once for all leaves of a shape
-
     def update_all(finite, leaves, turn=math.inf):
         rows, waiting = [], 0
         for leaf in leaves:
-            rows.append(update_leaf(finite, *leaf))
+            rows.append(update(finite, *leaf))
             waiting += jnp.size(leaf[0])
             if waiting >= turn:
                 finite, waiting = _after(finite, rows[-1][0]), 0
         return rows
 
-    if jax.device_count() == 1:
+    if sum(jnp.size(leaf[0]) for leaf in leaves) > TURN and jax.device_count() == 1:
         in_turns = functools.partial(update_all, turn=TURN)
         rows = jax.lax.platform_dependent(finite, leaves, cpu=in_turns, default=update_all)
     else:

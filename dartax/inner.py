@@ -43,6 +43,14 @@ def _fits(gradient: jax.Array, finite: jax.Array) -> jax.Array:
     return finite & (jnp.abs(gradient) < LARGEST_ROOT)
 
 
+def _decayed_sum(fits: jax.Array, decay: Any, old: jax.Array, term: jax.Array) -> jax.Array:
+    """``decay * old + term``, or ``old`` as it is where it does not fit."""
+    # The choice is one of factors. One of results would be stored under a mask, for which a CPU of
+    # AMD takes twice as long as for all of the sum.
+    factor, term = jnp.where(fits, decay, 1.0), jnp.where(fits, term, 0.0)
+    return (factor * old + term).astype(old.dtype)
+
+
 def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
     """Adam's directions, as ``optax.scale_by_adam`` gives them; the default of ``dart``.
 
@@ -75,23 +83,27 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
         count = jnp.maximum(state.count, 1).astype(jnp.float32)
         return 1 - b1**count, 1 - b2**count
 
+    @jax.jit
+    def moments(finite, g, mu, nu):
+        fits = _fits(g, finite)
+        new_mu = _decayed_sum(fits, b1, mu, (1 - b1) * g)
+        return new_mu, _decayed_sum(fits, b2, nu, (1 - b2) * g**2)
+
+    @jax.jit
+    def direction(mu, nu, c1, c2):
+        return (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
+
+    @jax.jit
+    def same_direction(mu, nu, scale, shift):
+        dtype = jnp.promote_types(mu.dtype, jnp.float32)
+        return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
+
     def update_fn(updates, state, params=None, *, finite=True, **_):
         finite = jnp.asarray(finite)
-
-        def moments(finite, g, mu, nu):
-            fits = _fits(g, finite)
-            new_mu = optax.tree.update_moment(g, mu, b1, 1)
-            new_nu = optax.tree.update_moment_per_elem_norm(g, nu, b2, 2)
-            return choose(fits, new_mu, mu), choose(fits, new_nu, nu)
-
         mu, nu = leaf_by_leaf(moments, finite, _widened(updates), state.mu, state.nu)
         count = choose(finite, optax.safe_increment(state.count), state.count)
         state = optax.ScaleByAdamState(count, mu, nu)
         c1, c2 = corrections(state)
-
-        @jax.jit
-        def direction(mu, nu, c1, c2):
-            return (mu / c1.astype(mu.dtype)) / (jnp.sqrt(nu / c2.astype(nu.dtype)) + eps)
 
         like = updates if params is None else params
         directions = jax.tree.map(
@@ -103,14 +115,8 @@ def adam(b1: float = 0.9, b2: float = 0.99, eps: float = 1e-8) -> Guarded:
         del params
         c1, c2 = corrections(state)
         scale, shift = c1 * jax.lax.rsqrt(c2), c1 * eps
-
-        @jax.jit
-        def direction(mu, nu, scale, shift):
-            dtype = jnp.promote_types(mu.dtype, jnp.float32)
-            return mu.astype(dtype) / (jnp.sqrt(nu.astype(dtype)) * scale + shift)
-
-        moments = part(state.mu), part(state.nu)
-        return jax.tree.map(lambda mu, nu: direction(mu, nu, scale, shift), *moments)
+        parts = part(state.mu), part(state.nu)
+        return jax.tree.map(lambda mu, nu: same_direction(mu, nu, scale, shift), *parts)
 
     return Guarded.make(init_fn, update_fn, again, always_finite=True)
 
@@ -138,10 +144,11 @@ def momentum(decay: float = 0.9) -> Guarded:
     def init_fn(params):
         return optax.trace(decay).init(_widened(params))
 
-    def update_fn(updates, state, params=None, *, finite=True, **_):
-        def add(finite, g, trace):
-            return (choose(_fits(g, finite), g + decay * trace, trace),)
+    @jax.jit
+    def add(finite, g, trace):
+        return (_decayed_sum(_fits(g, finite), decay, trace, g),)
 
+    def update_fn(updates, state, params=None, *, finite=True, **_):
         (trace,) = leaf_by_leaf(add, jnp.asarray(finite), _widened(updates), state.trace)
         like = updates if params is None else params
         return jax.tree.map(_as_half, trace, like), optax.TraceState(trace)
@@ -193,15 +200,16 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> Guarded:
             sign=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.int8), params),
         )
 
-    def update_fn(updates, state, params=None, *, finite=True, **_):
-        def average(finite, g, mu, last):
-            fits = _fits(g, finite)
-            sign = choose(fits, jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last)
-            # What all signs are: read here, they are computed before the average is overwritten, of
-            # which XLA would else keep a copy for them.
-            fits &= sign <= 1
-            return choose(fits, optax.tree.update_moment(g, mu, b2, 1), mu), sign
+    @jax.jit
+    def average(finite, g, mu, last):
+        fits = _fits(g, finite)
+        sign = choose(fits, jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last)
+        # What all signs are: read here, they are computed before the average is overwritten, of
+        # which XLA would else keep a copy for them.
+        fits &= sign <= 1
+        return _decayed_sum(fits, b2, mu, (1 - b2) * g), sign
 
+    def update_fn(updates, state, params=None, *, finite=True, **_):
         state = LionState(
             *leaf_by_leaf(average, jnp.asarray(finite), _widened(updates), state.mu, state.sign)
         )
