@@ -136,8 +136,9 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
+        # The factors that debias the averages, one kernel for all.
         decays, nums = jnp.array([B1, B_TREND, B2, B2]), jnp.stack([num, num, num, num - 1])
-        of_mu, of_trend, of_nu, of_last_nu = debias(jnp.ones(4), decays, nums)
+        of_mu, of_trend, of_nu, of_last_nu = debias(jnp.ones(4, jnp.float32), decays, nums)
 
         # A block that has seen no gradient yet does not move.
         root = jnp.sqrt(of_nu * nu)

@@ -21,6 +21,7 @@ PyTree = Any
 TURN = 1 << 19
 
 
+@jax.jit
 def _after(value: jax.Array, array: jax.Array) -> jax.Array:
     """``value``, a scalar, which XLA must compute after ``array``, as far as it can be made to.
 
