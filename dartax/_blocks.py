@@ -1,6 +1,7 @@
 """Parameter blocks: which leaf of the parameter tree takes which learning rate."""
 
 import functools
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from dartax._sums import sums
 
 PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
@@ -147,13 +150,6 @@ def block_index(numbers: list[int]) -> BlockIndex:
     return tuple(jnp.asarray(number, jnp.uint32) for number in numbers) or jnp.zeros(0, jnp.uint32)
 
 
-@jax.jit
-def dot(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Inner product of two arrays, accumulated in float32."""
-    # Nothing but the product: XLA makes a dot of it, which a loop over two operands is not.
-    return jnp.sum(left.astype(jnp.float32) * right.astype(jnp.float32))
-
-
 def block_dots(
     left: PyTree, right: PyTree, index: BlockIndex | None, num_blocks: int, whole: PyTree = None
 ) -> jax.Array:
@@ -163,17 +159,16 @@ def block_dots(
     parts tell. Without an ``index`` each leaf is a block.
     """
     leaves = jax.tree.leaves(left)
-    dots = [dot(x, y) for x, y in zip(leaves, jax.tree.leaves(right), strict=True)]
-    if not dots:
+    if not leaves:
         return jnp.zeros(num_blocks, jnp.float32)
-    sums = jnp.stack(dots)
+    dots = sums(operator.mul, leaves, jax.tree.leaves(right))
     wholes = jax.tree.leaves(left if whole is None else whole)
     sizes = [(jnp.size(x), jnp.size(y)) for x, y in zip(wholes, leaves, strict=True)]
     if any(size != part for size, part in sizes):
-        sums *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
+        dots *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
     if index is None:
-        return sums
-    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(sums)
+        return dots
+    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(dots)
 
 
 def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:

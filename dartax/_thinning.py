@@ -16,6 +16,7 @@ bunch of rows gives one element of every column, but groups of columns have it f
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._mesh import auto_sharded
+from dartax._sums import sums
 
 PyTree = Any
 
@@ -119,8 +121,7 @@ class Thinning:
         large = [leaf for leaf in jax.tree.leaves(tree) if self.sample(jnp.shape(leaf))]
         # A sum takes half as long as any() of a predicate. One that leaves float32 is no loss: the
         # square of some element does so too.
-        sums = [jnp.sum(leaf.astype(jnp.float32)) for leaf in large]
-        return jnp.all(jnp.isfinite(jnp.asarray(sums)))
+        return jnp.all(jnp.isfinite(sums(operator.pos, large)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax import _blocks, _check, _memory, _order, random
+from dartax import _blocks, _check, _memory, _order, _threefry, random
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 from dartax._guarded import Guarded, choose, zero_unless
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
@@ -174,7 +174,7 @@ def scale_by_dirichlet(
         return _memory.rebuild(direction, weight)
 
     def judge(gradient, last_steps, index, num_blocks):
-        """h, the hypergradient of every block, and whether the gradient is finite.
+        """h, the hypergradient of every block, and for each whether the gradient is finite.
 
         A non-finite element shows in its inner product, whatever the other factor is.
         """
@@ -182,7 +182,7 @@ def scale_by_dirichlet(
         # As many blocks as leaves are numbered in their order.
         index = None if num_blocks == len(index) else index
         h = -_blocks.block_dots(part, last_steps, index, num_blocks, whole=gradient)
-        return h, jnp.all(jnp.isfinite(h)) & thinning.rest_is_finite(gradient)
+        return h, jnp.isfinite(h) & thinning.rest_is_finite(gradient)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -254,21 +254,22 @@ def scale_by_dirichlet(
         )
 
         # Squares that leave float32 would stay in their averages for ever.
-        overflows = finite & ~jnp.all(jnp.isfinite(moments.hyper_nu))
-        finite &= ~overflows
+        fits = jnp.isfinite(moments.hyper_nu)
+        overflows = jnp.all(finite) & ~jnp.all(fits)
+        finite &= fits
         if not guarded and jax.tree.leaves(state.inner_state):
             finite &= fit(updates)
 
         # 3. Draw the rates.
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        step_key = jax.random.fold_in(key, state.count)
+        step_key = _threefry.fold_in(key, state.count)
         draw = draw_shares(step_key, concentration)
         low, high = f32(min_rate), f32(max_rate)
         rates = low + (high - low) * draw.share[:num_blocks]
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions. A skipped step has rates of 0. The last word on whether it is one
-        # is a reduction, for the reason that _blocks.either gives.
+        # 4. Scale the directions. A skipped step has rates of 0. Whether it is one is the result of
+        # one reduction, for the reason that _blocks.either gives.
         finite = jnp.all(jnp.isfinite(multiplier * rates) & finite)
         last_rates = _blocks.either(finite, multiplier * rates, 0.0)
         if guarded:

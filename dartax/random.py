@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dartax import _threefry
+
 # Coefficients [8, 7] of log V in u and v, log(x / (a + 1)) and 1 / (a + 1) mapped to [-1, 1]: the
 # fit of least greatest error (2.5e-5) to jax.lax.random_gamma_grad in float64, on a grid over a
 # from 1e-5 to 1e4 and x from (a + 1) / 10 to quantiles of 1e-12 from either end.
@@ -217,8 +219,9 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
     mixed from them, which costs less.
     """
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    bits = f"uint{dtype.itemsize * 8}"
-    normal_seed, uniform_seed = jax.random.bits(key, (2, *a.shape), bits)
+    few = a.size <= _FEW
+    generate = _threefry.bits if few else jax.random.bits
+    normal_seed, uniform_seed = generate(key, (2, *a.shape), f"uint{dtype.itemsize * 8}")
     boosted = a < 1
     d = jnp.where(boosted, a + 1, a).astype(dtype) - dtype.type(1 / 3)
     scale = jax.lax.rsqrt(4.5 * d)
@@ -234,7 +237,7 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
         log_u = _log_uniform(_words(uniform_seed, number), dtype)
         return jnp.where((y > -1) & (log_u < 3 * d * rest), log1p, _REJECTED)
 
-    if a.size <= _FEW:
+    if few:
         proposals = jax.lax.optimization_barrier(jax.vmap(propose)(normals, numbers.ravel()))
     else:
         proposals = [propose(normals[number], number) for number in range(_PROPOSALS)]

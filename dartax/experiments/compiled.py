@@ -81,19 +81,6 @@ def _computations(hlo: str) -> dict[str, list[Instruction]]:
     return found
 
 
-def _fraction(value: Instruction, users: dict[str, list[Instruction]]) -> float:
-    """How much of a value a kernel needs: what its slices are of it, or all."""
-    fraction = 0.0
-    for user in users.get(value.name, []):
-        if user.operation in ("slice", "dynamic-slice"):
-            fraction += _array_bytes(user.shape) / max(_array_bytes(value.shape), 1)
-        elif user.dimensions == value.dimensions and user.name in users:  # elementwise
-            fraction += _fraction(user, users)
-        else:
-            return 1.0
-    return min(fraction, 1.0)
-
-
 def _read(body: list[Instruction]) -> dict[int, float]:
     """How much a kernel reads of each of its operands, by number; of those that are not there, all.
 
@@ -103,8 +90,21 @@ def _read(body: list[Instruction]) -> dict[int, float]:
     for instruction in body:
         for operand in set(instruction.operands):
             users.setdefault(operand, []).append(instruction)
+
+    # What a kernel needs of a value: what its slices are of it, or all. Users come after it.
+    fraction: dict[str, float] = {}
+    for value in reversed(body):
+        needed = 0.0
+        for user in users.get(value.name, []):
+            if user.operation in ("slice", "dynamic-slice"):
+                needed += _array_bytes(user.shape) / max(_array_bytes(value.shape), 1)
+            elif user.dimensions == value.dimensions and user.name in users:  # elementwise
+                needed += fraction[user.name]
+            else:
+                needed = 1.0
+        fraction[value.name] = min(needed, 1.0)
     parameters = [instruction for instruction in body if instruction.operation == "parameter"]
-    return {int(one.operands[0]): _fraction(one, users) for one in parameters}
+    return {int(one.operands[0]): fraction[one.name] for one in parameters}
 
 
 def traffic(hlo: str) -> Traffic:

@@ -1,0 +1,77 @@
+"""Sums over each of many arrays.
+
+A GPU needs as long to start a kernel as to sum a small array, and two kernels to sum a large one.
+There arrays of one shape are summed together: small ones as rows of one array, and large ones to the
+sums of their rows first, by a kernel each.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Term = Callable[..., jax.Array]
+
+# Up to so many elements an array is copied beside others of its shape.
+COPIED = 1 << 17
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sum(term: Term, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
+    # Nothing but the term: of a product XLA makes a dot, which a loop over two operands is not.
+    return jnp.sum(term(*(array.astype(jnp.float32) for array in arrays)), axes)
+
+
+def one_by_one(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
+    """See :func:`sums`."""
+    rows = zip(*columns, strict=True)
+    return jnp.stack([_sum(term, tuple(range(row[0].ndim)), *row) for row in rows])
+
+
+def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    # The barriers: one loop that computed all these arrays while it sums them would branch into a
+    # loop for each, which takes several times as long to compile.
+    return jax.lax.optimization_barrier(jnp.stack(jax.lax.optimization_barrier(arrays)))
+
+
+def together(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
+    """See :func:`sums`."""
+    rows = list(zip(*columns, strict=True))
+    alike: dict[Any, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(tuple(map(jax.typeof, row)), []).append(place)
+    found = []
+    for places in alike.values():
+        group = [rows[place] for place in places]
+        first = group[0][0]
+        axes = tuple(range(1, first.ndim + 1))
+        if first.size <= COPIED or first.ndim < 2:
+            found.append(_sum(term, axes, *map(_stack, zip(*group, strict=True))))
+        else:
+            lines = jnp.stack([_sum(term, (first.ndim - 1,), *row) for row in group])
+            found.append(jnp.sum(lines, axes[:-1]))
+    order = np.argsort([place for places in alike.values() for place in places])
+    return jnp.concatenate(found)[order]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def sums(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
+    """The sums of ``term(x, y, ...)`` over all elements of x, y, ..., for n of each; ``[n]``.
+
+    Args:
+      term: Elementwise function of float32 arrays.
+      *columns: Its arguments, n arrays each; those in one place have one shape.
+    """
+    if not columns[0]:
+        return jnp.zeros(0, jnp.float32)
+    # What lies on several devices may have to be moved to lie together.
+    if jax.device_count() > 1:
+        return one_by_one(term, *columns)
+    return jax.lax.platform_dependent(
+        *columns,
+        cpu=functools.partial(one_by_one, term),
+        default=functools.partial(together, term),
+    )
