@@ -1,8 +1,8 @@
 """Sums over each of many arrays.
 
 A GPU needs as long to start a kernel as to sum a small array, and two kernels to sum a large one.
-There arrays of one shape are summed together: small ones as rows of one array, and large ones to the
-sums of their rows first, by a kernel each.
+There arrays of one shape are summed together: small ones as rows of one array, large ones by what
+is left of them when each has been summed over its last axis.
 """
 
 import functools

@@ -124,6 +124,33 @@ ENTRY %main (x: f32[8,2], y: f32[8,2]) -> (bf16[2,2], f32[8,2]) {
     assert compiled.traffic(hlo) == (2, 8 + 16 + 16 + 64 + 64)
 
 
+def test_traffic_of_values_that_are_used_twice():
+    """Sixty times over, there are 2**60 ways from the operand to the slices."""
+    values = "\n".join(
+        f"  %x{i + 1} = f32[8]{{0}} add(%x{i}, %y{i})\n"
+        f"  %y{i + 1} = f32[8]{{0}} multiply(%x{i}, %y{i})"
+        for i in range(60)
+    )
+    hlo = f"""HloModule step
+
+%fused (x0: f32[8], y0: f32[8]) -> f32[2] {{
+  %x0 = f32[8]{{0}} parameter(0)
+  %y0 = f32[8]{{0}} parameter(1)
+{values}
+  %slice.1 = f32[2]{{0}} slice(%x60), slice={{[0:2]}}
+  %slice.2 = f32[2]{{0}} slice(%y60), slice={{[0:2]}}
+  ROOT %sum = f32[2]{{0}} add(%slice.1, %slice.2)
+}}
+
+ENTRY %main (x: f32[8], y: f32[8]) -> f32[2] {{
+  %x = f32[8]{{0}} parameter(0)
+  %y = f32[8]{{0}} parameter(1)
+  ROOT %fusion = f32[2]{{0}} fusion(%x, %y), kind=kLoop, calls=%fused
+}}
+"""
+    assert compiled.traffic(hlo) == (1, 8 + 32 + 32)
+
+
 def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(capsys):
     """Moments, memory and parameters move once, with weight decay too; 6 more are the dots."""
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs JAX's plugin for it")

@@ -52,6 +52,10 @@ from dartax.experiments.run_folder import read_metrics
 from dartax.experiments.signals import HeldSignals
 from dartax.experiments.train import train_and_evaluate
 
+# Where TensorStore fails, its threads find the event loop of Orbax closed; nothing can be told them,
+# and it may come out during a later test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 # An epoch has 22 steps, with rows, and checkpoints, at 10, 20 and 22 of them.
 TINY = Config(
     epochs=3, log_steps=10, checkpoint_seconds=0.0, mesh=(1,), model=ModelConfig(hidden=(8,))
@@ -275,12 +279,7 @@ def no_file_beyond(size):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
-# Where TensorStore fails, its threads find the event loop of Orbax closed; nothing can be told them.
-told_too_late = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 # A row of metrics.csv is cut, or one of the files of a checkpoint: those of the arrays, the metadata.
-@told_too_late
 @pytest.mark.parametrize("room", [20, 1000, 2000, 6000])
 def test_a_disk_that_is_full_in_the_middle_of_a_file(room, dartax, stopped, runs):
     rows = (stopped / "metrics.csv").stat().st_size
@@ -306,7 +305,6 @@ def test_a_disk_that_is_full_in_the_middle_of_a_file(room, dartax, stopped, runs
     assert_same_run(stopped, runs / "whole")
 
 
-@told_too_late
 def test_a_file_system_that_is_full(dartax, stopped, runs, tmp_path):
     def mount(*options):
         return subprocess.run(
@@ -480,7 +478,6 @@ DAMAGES = {
 }  # fmt: skip
 
 
-@told_too_late
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_mended_or_refused(name, dartax, stopped, runs):
     damage, status, sentences = DAMAGES[name]
