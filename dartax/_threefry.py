@@ -6,6 +6,7 @@ words by 20 rounds. ``jax.random`` has a loop over them on a CPU, which is many 
 they are written out, one program. It is for few draws: of many, the loop is as fast.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -33,6 +34,7 @@ def _threefry(key: jax.Array, counter: Words) -> Words:
     return left, right
 
 
+@jax.jit
 def fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     """``jax.random.fold_in`` of a threefry key, not the data of one, and an int32 or uint32."""
     counter = jnp.uint32(0), jnp.asarray(number).astype(jnp.uint32)
@@ -41,6 +43,7 @@ def fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(jax.lax.optimization_barrier(words), impl="threefry2x32")
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def bits(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """``jax.random.bits`` of a threefry key, uint32 or uint64, of fewer than 2**32 words."""
     number = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)

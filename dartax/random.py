@@ -53,8 +53,8 @@ _LOG_V = (
 # Proposals for each draw. One is accepted with probability 0.95 at a = 1 and more above: of 8e7
 # draws one finds none, and is the mode.
 _PROPOSALS = 6
-# Of so many draws all proposals are stored before one is chosen: that compiles in two thirds of the
-# time, but of many it takes five times as long to run.
+# Of so many draws all proposals are one array, which compiles in two thirds of the time; of many it
+# takes five times as long to run.
 _FEW = 1 << 12
 # What stands for a proposal that is not accepted: greater than any other.
 _REJECTED = 1e30
