@@ -15,8 +15,8 @@ import numpy as np
 
 Term = Callable[..., jax.Array]
 
-# Up to so many elements an array is copied beside others of its shape.
-COPIED = 1 << 17
+# Arrays of up to so many elements are copied beside each other: to start a kernel takes longer.
+COPIED = 1 << 16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
