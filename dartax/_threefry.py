@@ -3,7 +3,7 @@
 Threefry-2x32 (Salmon et al., `Parallel Random Numbers: As Easy as 1, 2, 3
 <https://doi.org/10.1145/2063384.2063405>`_, 2011) turns a counter of two words into two random
 words by 20 rounds. ``jax.random`` has a loop over them on a CPU, which is many small programs; here
-they are written out, one program. It is for few draws: of many, the loop is as fast.
+they are written out, one program. For few draws: of many the time of compilation matters little.
 """
 
 import functools
@@ -39,7 +39,7 @@ def fold_in(key: jax.Array, number: jax.Array) -> jax.Array:
     """``jax.random.fold_in`` of a threefry key, not the data of one, and an int32 or uint32."""
     counter = jnp.uint32(0), jnp.asarray(number).astype(jnp.uint32)
     words = jnp.stack(_threefry(jax.random.key_data(key), counter))
-    # The barriers here and below: each kernel that reads the words would compute them again.
+    # The barrier, as the one below: kernels that read the words would each compute them again.
     return jax.random.wrap_key_data(jax.lax.optimization_barrier(words), impl="threefry2x32")
 
 

@@ -171,6 +171,6 @@ def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(devices, size, kernels, c
         "dart_momentum": 30,
         "dart_optax_adam": 38,
     }
-    # Two of AdamW's for the 24 leaves, 12 of which are matrices with sums and memory of their own;
-    # on one device those of all biases, and the rest of those of all matrices, are one.
+    # One for each of the 24 leaves and one for the dot of each matrix; on one device what is left to
+    # sum, and the dots of the biases, are kernels for all of a shape.
     assert rows["dart"]["kernels"] <= kernels
