@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax._siblings import SMALL
 from dartax._sums import sums
 
 PyTree = Any
@@ -182,19 +183,30 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
     return jnp.max(jnp.where(chosen, rows, -jnp.inf), axis=0)
 
 
-@jax.jit
-def _scalars(block: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
-    # The barrier gives every leaf values of its own. On a GPU XLA fuses kernels that read the
-    # same array, else those of many leaves, and what it tears apart for that is read twice.
-    block, *own = jax.lax.optimization_barrier((block, *values))
-    return [jax.lax.dynamic_slice(array, [block], [1]).reshape(()) for array in own]
+@functools.partial(jax.jit, static_argnums=2)
+def _scalars(
+    block: jax.Array, values: tuple[jax.Array, ...], large: tuple[bool, ...]
+) -> list[jax.Array]:
+    # The barrier gives a leaf values of its own. On a GPU common ones make siblings of the kernels
+    # of small arrays; what XLA tears apart for that is read twice, which costs more of large ones.
+    own_block, *own = jax.lax.optimization_barrier((block, *values))
+    chosen = [(own[i], own_block) if large[i] else (values[i], block) for i in range(len(values))]
+    return [jax.lax.dynamic_slice(array, [at], [1]).reshape(()) for array, at in chosen]
 
 
-def spread(index: BlockIndex, tree: PyTree, *values: jax.Array) -> list[PyTree]:
-    """For each of ``values``, ``[K]``, a tree like ``tree`` with the scalars of its blocks."""
-    structure: Any = jax.tree.structure(tree)
+def spread(index: BlockIndex, *columns: tuple[jax.Array, PyTree]) -> list[PyTree]:
+    """For each of ``columns``, values ``[K]`` and a tree, one like that of the blocks' scalars.
 
-    of_leaves = [_scalars(block, values) for block in index]
+    The scalars of a leaf are meant as factors of that leaf.
+    """
+    values = tuple(value for value, _ in columns)
+    trees = [tree for _, tree in columns]
+    structure: Any = jax.tree.structure(trees[0])
+    rows = zip(*map(jax.tree.leaves, trees), strict=True)
+    of_leaves = [
+        _scalars(block, values, tuple(jnp.size(leaf) > SMALL for leaf in row))
+        for block, row in zip(index, rows, strict=True)
+    ]
     return [
         jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
     ]

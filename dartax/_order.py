@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dartax._siblings import SMALL, siblings
 from dartax._thinning import Thinning
 
 PyTree = Any
@@ -68,17 +69,23 @@ def leaf_by_leaf(
     return [jax.tree.unflatten(structure, column) for column in columns]
 
 
+def _in_one_kernel(param: Any, part: Any) -> bool:
+    """Whether a GPU computes the memory and the new parameters of a leaf at once."""
+    return jnp.size(param) > SMALL and jnp.shape(part) == jnp.shape(param)
+
+
 def part_before(params: PyTree, thinning: Thinning) -> PyTree:
     """The part of the parameters that goes into the memory, read before these are overwritten.
 
     See :func:`in_order`.
     """
-
-    def kept(param, part):
-        whole = jnp.shape(part) == jnp.shape(param)
-        return part if whole else jax.lax.optimization_barrier(part)
-
-    return jax.tree.map(kept, params, thinning.part(params))
+    leaves, structure = jax.tree.flatten(params)
+    parts = jax.tree.leaves(thinning.part(params))
+    apart = [i for i, leaf in enumerate(leaves) if not _in_one_kernel(leaf, parts[i])]
+    copies = jax.lax.optimization_barrier(siblings([parts[i] for i in apart]))
+    for i, copy in zip(apart, copies, strict=True):
+        parts[i] = copy
+    return jax.tree.unflatten(structure, parts)
 
 
 def in_order(values: PyTree, params: PyTree, part: PyTree, memory: PyTree) -> PyTree:
@@ -86,13 +93,14 @@ def in_order(values: PyTree, params: PyTree, part: PyTree, memory: PyTree) -> Py
 
     New parameters are written over the old ones, without a copy of these, only where the program
     shows that all that reads the old ones has been computed before. On a CPU that is the memory. On
-    a GPU it is the part of a large leaf; of another one a kernel computes the memory and the
-    parameters at once, which this would tear apart.
+    a GPU it is the part, unless a kernel computes the memory and the parameters of a leaf at once,
+    which this would tear apart.
     """
 
     def wait(value, param, row, z, on_cpu):
-        fused = not on_cpu and jnp.shape(row) == jnp.shape(param)
-        return value if fused else _after(value, z if on_cpu else row)
+        if not on_cpu and _in_one_kernel(param, row):
+            return value
+        return _after(value, z if on_cpu else row)
 
     def on(on_cpu):
         return lambda *trees: jax.tree.map(functools.partial(wait, on_cpu=on_cpu), *trees)

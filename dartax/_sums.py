@@ -2,7 +2,7 @@
 
 A GPU needs as long to start a kernel as to sum a small array, and two kernels to sum a large one.
 There arrays of one shape are summed together: small ones as rows of one array, large ones by what
-is left of them when each has been summed over its last axis.
+is left of them when each has been summed over its last axis, many in one kernel.
 """
 
 import functools
@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Term = Callable[..., jax.Array]
+from dartax._siblings import SMALL, siblings
 
-# Arrays of up to so many elements are copied beside each other: to start a kernel takes longer.
-COPIED = 1 << 16
+Term = Callable[..., jax.Array]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -48,10 +47,12 @@ def together(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
         group = [rows[place] for place in places]
         first = group[0][0]
         axes = tuple(range(1, first.ndim + 1))
-        if first.size <= COPIED or first.ndim < 2:
+        if first.size <= SMALL or first.ndim < 2:
             found.append(_sum(term, axes, *map(_stack, zip(*group, strict=True))))
         else:
-            lines = jnp.stack([_sum(term, (first.ndim - 1,), *row) for row in group])
+            ours, *others = zip(*group, strict=True)
+            pairs = zip(siblings(ours), *others, strict=True)
+            lines = jnp.stack([_sum(term, (first.ndim - 1,), *row) for row in pairs])
             found.append(jnp.sum(lines, axes[:-1]))
     order = np.argsort([place for places in alike.values() for place in places])
     return jnp.concatenate(found)[order]

@@ -170,7 +170,7 @@ def scale_by_dirichlet(
         share = state.last_draw.share[: state.last_rates.shape[0]]
         spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
         direction = inner.again(state.inner_state, params, thinning.part)
-        (weight,) = _blocks.spread(state.block_index, direction, state.last_multiplier * spent)
+        (weight,) = _blocks.spread(state.block_index, (state.last_multiplier * spent, direction))
         return _memory.rebuild(direction, weight)
 
     def judge(gradient, last_steps, index, num_blocks):
@@ -272,6 +272,10 @@ def scale_by_dirichlet(
         # one reduction, for the reason that _blocks.either gives.
         finite = jnp.all(jnp.isfinite(multiplier * rates) & finite)
         last_rates = _blocks.either(finite, multiplier * rates, 0.0)
+        # The barrier reads the rates before, for the sake of a donated state: an array that no step
+        # reads is no argument of the program, so that the new one lies elsewhere, and a GPU, which
+        # gets the step as a graph of kernels with addresses, another graph at every step.
+        last_rates, _ = jax.lax.optimization_barrier((last_rates, state.last_rates))
         if guarded:
             memory = state.last_direction if remembers else last_steps
             extra_args = {**extra_args, "finite": finite, "memory": memory}
@@ -292,16 +296,15 @@ def scale_by_dirichlet(
             unchanged = 1.0 if guarded else jnp.where(overflows, 0.0, 1.0)
             leaf_rates, leaf_weights, leaf_kept = _blocks.spread(
                 index,
-                direction,
-                last_rates,
-                _blocks.either(finite, weight, 0.0),
-                _blocks.either(finite, f32(horizon) * kept, unchanged),
+                (last_rates, direction),
+                (_blocks.either(finite, weight, 0.0), again),
+                (_blocks.either(finite, f32(horizon) * kept, unchanged), again),
             )
             new_direction = jax.tree.map(
                 _memory.accumulate, again, leaf_weights, state.last_direction, leaf_kept
             )
         else:
-            (leaf_rates,) = _blocks.spread(index, direction, last_rates)
+            (leaf_rates,) = _blocks.spread(index, (last_rates, direction))
         if guarded and inner.reads_params:
             leaf_rates = _order.in_order(leaf_rates, params, before, new_direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)

@@ -157,11 +157,9 @@ def test_other_inner_transforms_keep_no_infinite_square(inner):
 def test_a_fault_needs_no_branch(name):
     optimizer, params = OPTIMIZERS[name](), start()
     state = optimizer.init(params)
-    program = jax.jit(optimizer.update).lower(params, state, params)
-    assert "stablehlo.case" not in program.as_text()
-    assert "stablehlo.if" not in program.as_text()
-    compiled = program.compile().as_text()
-    assert "fusion" in compiled or "ENTRY" in compiled
+    # XLA removes the branches of other platforms.
+    compiled = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
+    assert "ENTRY" in compiled
     assert " conditional(" not in compiled
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dartax.experiments import bench, cli, compiled
+from dartax.experiments import bench, cli
+from dartax.experiments.traffic import traffic
 
 CONFIGS = Path(__file__).parents[1] / "configs/bench"
 
@@ -65,7 +66,7 @@ def test_traffic_is_what_xla_says(name):
     params = bench.make_params(bench.Size(10_000, 4), jnp.bfloat16)
     state = optimizer.init(params)
     program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
-    found = compiled.traffic(program.as_text())
+    found = traffic(program.as_text())
     assert found.bytes == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.02)
     assert found.kernels >= 4
 
@@ -89,7 +90,7 @@ ENTRY %main (x: f32[3,2], k: s4[8], z: bf16[0]) -> (f32[3,2], pred[6]) {
   ROOT %all = (f32[3,2]{1,0}, pred[6]{0}) tuple(%first, %rest)
 }
 """
-    assert compiled.traffic(hlo) == (1, 24 + 4 + 24 + 6)
+    assert traffic(hlo) == (1, 24 + 4 + 24 + 6)
 
 
 def test_traffic_of_a_slice():
@@ -121,7 +122,25 @@ ENTRY %main (x: f32[8,2], y: f32[8,2]) -> (bf16[2,2], f32[8,2]) {
   ROOT %all = (bf16[2,2]{1,0}, f32[8,2]{1,0}) tuple(%fusion, %fusion.1)
 }
 """
-    assert compiled.traffic(hlo) == (2, 8 + 16 + 16 + 64 + 64)
+    assert traffic(hlo) == (2, 8 + 16 + 16 + 64 + 64)
+
+
+def test_traffic_of_a_gather():
+    hlo = """HloModule step
+
+%fused (a: f32[8,2], i: s32[4]) -> f32[4] {
+  %a = f32[8,2]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  ROOT %b = f32[4]{0} gather(%a, %i), offset_dims={}, collapsed_slice_dims={0}
+}
+
+ENTRY %main (x: f32[8,2], i: s32[4]) -> f32[4] {
+  %x = f32[8,2]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  ROOT %fusion = f32[4]{0} fusion(%x, %i), kind=kLoop, calls=%fused
+}
+"""
+    assert traffic(hlo) == (1, 16 + 16 + 16)
 
 
 def test_traffic_of_values_that_are_used_twice():
@@ -148,11 +167,11 @@ ENTRY %main (x: f32[8], y: f32[8]) -> f32[2] {{
   ROOT %fusion = f32[2]{{0}} fusion(%x, %y), kind=kLoop, calls=%fused
 }}
 """
-    assert compiled.traffic(hlo) == (1, 8 + 32 + 32)
+    assert traffic(hlo) == (1, 8 + 32 + 32)
 
 
 # Two sizes, because the cache of the tests can keep programs for a GPU, but not read them.
-@pytest.mark.parametrize(("devices", "size", "kernels"), [(1, "1e6x24", 70), (8, "1.2e6x24", 90)])
+@pytest.mark.parametrize(("devices", "size", "kernels"), [(1, "1e6x24", 50), (8, "1.2e6x28", 105)])
 def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(devices, size, kernels, capsys, monkeypatch):
     """Moments, memory and parameters move once, with weight decay too; 6 more are the dots."""
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs JAX's plugin for it")
@@ -169,8 +188,8 @@ def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(devices, size, kernels, c
         "dart_weight_decay": 38,
         "dart_horizon_0": 40,
         "dart_momentum": 30,
-        "dart_optax_adam": 38,
+        "dart_optax_adam": 42 if devices == 1 else 38,  # sums and squares are read apart
     }
-    # One for each of the 24 leaves and one for the dot of each matrix; on one device what is left to
-    # sum, and the dots of the biases, are kernels for all of a shape.
+    # On one device one for each of the 12 matrices, as for many a bias; what is summed over all of a
+    # shape takes a few. On several one for the dot of each of 28 leaves more.
     assert rows["dart"]["kernels"] <= kernels

@@ -22,8 +22,10 @@ PARAMS = [jnp.ones((5, 4)), jnp.ones(3), jnp.zeros(0), jnp.ones((5, 4)), jnp.one
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
+def one_cpu(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)  # of those that the tests have
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def averages(inner, gradient, state):

@@ -19,10 +19,10 @@ def arrays(dtype, seed):
 
 
 @pytest.mark.parametrize("sums", [_sums.one_by_one, _sums.together])
-@pytest.mark.parametrize("copied", [0, 3, 1 << 17])
+@pytest.mark.parametrize("small", [0, 3, 1 << 17])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_sum_is_in_its_place(sums, copied, dtype, monkeypatch):
-    monkeypatch.setattr(_sums, "COPIED", copied)
+def test_each_sum_is_in_its_place(sums, small, dtype, monkeypatch):
+    monkeypatch.setattr(_sums, "SMALL", small)
     left, right = arrays(dtype, 0), arrays("float32", 1)
     expected = [np.sum(np.float64(x) * np.float64(y)) for x, y in zip(left, right, strict=True)]
     got = jax.jit(lambda *columns: sums(operator.mul, *columns))(left, right)

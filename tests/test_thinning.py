@@ -75,6 +75,20 @@ def test_groups_of_columns_take_turns(monkeypatch):
     for lead, row, column in np.ndindex(expected.shape):
         expected[lead, row, column] = tensor[lead, 6 * row + 2 * (column // 2 % 3), column]
     np.testing.assert_array_equal(sample.take(jnp.asarray(tensor)), expected)
+    np.testing.assert_array_equal(sample.gather(jnp.asarray(tensor)), expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1280, 1280), (3, 3, 512, 512), (1024, 4, 100), (400, 3, 7, 100), (200_000,)]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_gpu_takes_the_same_sample(shape, dtype):
+    sample = Thinning().sample(shape)
+    tensor = jnp.arange(math.prod(shape)).reshape(shape).astype(dtype)
+    taken, gathered = sample.take(tensor), sample.gather(tensor)
+    assert gathered.shape == Thinning().shape(shape)
+    assert gathered.dtype == dtype
+    np.testing.assert_array_equal(gathered, taken)
 
 
 def test_a_sample_tells_more_than_whole_rows():

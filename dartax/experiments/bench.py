@@ -22,6 +22,7 @@ from dartax.experiments import optimizers
 from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
 from dartax.experiments.run_folder import git_commit, make_folder, versions, write_json
 from dartax.experiments.scores import aligned
+from dartax.experiments.traffic import Traffic, traffic
 
 PyTree = Any
 
@@ -38,8 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 PEERS = ("paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
 DEFAULT = (TARGET, "dart", *VARIANTS, *PEERS)
-# Steps of one turn: enough to leave the caches as a run of its own would.
-STEPS = 3
+# A turn takes so many steps, to leave the caches as a run of its own would, and more while it takes
+# less than this: a GPU that is given steps ahead should not wait for most of them.
+STEPS, TURN_S, MOST_STEPS = 3, 0.1, 100
+# The sides of large matrices are multiples of this.
+WIDTH = 64
 # Steps that the schedules span; nothing here depends on it.
 HORIZON = 10_000
 
@@ -73,6 +77,8 @@ def make_params(size: Size, dtype: Any) -> PyTree:
     """Square matrices and, one for each, vectors as long as their side, about ``size``."""
     layers = size.tensors // 2
     side = max(1, round((size.parameters / layers) ** 0.5))
+    # As in models: of rows of an odd length XLA's kernels on a GPU read one element at a time.
+    side = WIDTH * round(side / WIDTH) if side >= 4 * WIDTH else side
     return [
         {"kernel": jnp.full((side, side), 0.02, dtype), "bias": jnp.zeros(side, dtype)}
         for _ in range(layers)
@@ -94,6 +100,19 @@ def make_step(name: str) -> tuple[optax.GradientTransformationExtraArgs, Callabl
     return optimizer, step
 
 
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call, on average over a turn; the first one only warms up."""
+    jax.block_until_ready(call())
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    calls = int(np.clip(TURN_S / (time.perf_counter() - start), STEPS, MOST_STEPS))
+    start = time.perf_counter()
+    for _ in range(calls):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / calls
+
+
 class Contender:
     """A compiled step of one optimizer, with its own parameters and state, and what it took."""
 
@@ -112,20 +131,20 @@ class Contender:
         self.times: list[float] = []
 
     def turn(self, grads: PyTree) -> None:
-        """Takes a few steps and notes the seconds of one; the first step only warms up."""
-        self.params, self.state = jax.block_until_ready(
-            self.compiled(self.params, self.state, grads)
-        )
-        start = time.perf_counter()
-        for _ in range(STEPS):
-            self.params, self.state = self.compiled(self.params, self.state, grads)
-        jax.block_until_ready(self.params)
-        self.times.append((time.perf_counter() - start) / STEPS)
+        """Takes a few steps and notes the seconds of one."""
 
-    def bytes_accessed(self) -> float:
-        """What XLA says that a step reads and writes."""
-        analysis: Any = self.compiled.cost_analysis()
-        return float(analysis["bytes accessed"])
+        def step():
+            self.params, self.state = self.compiled(self.params, self.state, grads)
+            return self.params
+
+        self.times.append(timed(step))
+
+    def traffic(self) -> Traffic:
+        """The kernels of a step, and what it reads and writes."""
+        counted = traffic(self.compiled.as_text() or "")
+        # Both counts can be too high: XLA's where a kernel gathers, ours where it updates a part.
+        analysis: Any = self.compiled.cost_analysis() or {}  # not of every device
+        return counted._replace(bytes=min(counted.bytes, analysis.get("bytes accessed", np.inf)))
 
     def state_bytes(self) -> int:
         """Memory of the optimizer state."""
@@ -137,12 +156,11 @@ def bandwidth(dtype: Any, size: int) -> Callable[[], float]:
     pass_over = jax.jit(lambda x: x + 1, donate_argnums=0)
     array = [pass_over(jnp.zeros(size, dtype))]
 
-    def measure():
-        start = time.perf_counter()
-        array[0] = jax.block_until_ready(pass_over(array[0]))
-        return 2 * array[0].nbytes / (time.perf_counter() - start)
+    def step():
+        array[0] = pass_over(array[0])
+        return array[0]
 
-    return measure
+    return lambda: 2 * array[0].nbytes / timed(step)
 
 
 def measure_draws(count: int) -> dict[str, float]:
@@ -169,13 +187,15 @@ def measure_draws(count: int) -> dict[str, float]:
     return {"count": count, **times, "ratio": times["jax_ms"] / times["fast_ms"]}
 
 
-def measure(size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any) -> dict[str, Any]:
+def measure(
+    size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any
+) -> tuple[dict[str, dict[str, float]], float]:
     """Times the optimizers ``names`` on one size, in turns.
 
     Returns:
-      For every optimizer: ``ms`` per step, ``ratio`` of it to the target's, ``bytes_accessed`` and
-      ``state_bytes`` per parameter, ``bandwidth`` (achieved over that of a plain pass), ``trace_s``
-      and ``compile_s``.
+      For every optimizer: ``ms`` per step, ``ratio`` of it to the target's, ``kernels``,
+      ``bytes_accessed`` and ``state_bytes`` per parameter, ``bandwidth`` (achieved over that of a
+      plain pass), ``trace_s`` and ``compile_s``; and the bytes per second of a plain pass.
     """
     contenders = {}
     for name in names:
@@ -191,19 +211,22 @@ def measure(size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any)
             bar.set_description(f"{size}, {name}")
             contender.turn(grads)
             bar.update()
-    target, speed = np.array(contenders[names[0]].times), np.median(speeds)
-    return {
-        name: {
-            "ms": 1e3 * float(np.median(contender.times)),
+    target, speed = np.array(contenders[names[0]].times), float(np.median(speeds))
+    rows = {}
+    for name, contender in contenders.items():
+        kernels, moved = contender.traffic()
+        seconds = float(np.median(contender.times))
+        rows[name] = {
+            "ms": 1e3 * seconds,
             "ratio": float(np.median(np.array(contender.times) / target)),
-            "bytes_accessed": contender.bytes_accessed() / count,
+            "kernels": kernels,
+            "bytes_accessed": moved / count,
             "state_bytes": contender.state_bytes() / count,
-            "bandwidth": float(contender.bytes_accessed() / np.median(contender.times) / speed),
+            "bandwidth": moved / seconds / speed,
             "trace_s": contender.trace_s,
             "compile_s": contender.compile_s,
         }
-        for name, contender in contenders.items()
-    }
+    return rows, speed
 
 
 def check(sizes: Sequence[str], names: Sequence[str], dtype: str) -> tuple[list[Size], list[str]]:
@@ -258,7 +281,7 @@ def run(
     make_folder(workdir)
     total = len(parsed) * len(names) * (rounds + 1)
     with tqdm(total=total, unit="turn", disable=not progress) as bar:
-        results = {
+        measured = {
             str(size): measure(size, names, jnp.dtype(dtype), rounds, bar) for size in parsed
         }
     content = {
@@ -268,7 +291,8 @@ def run(
         "git_commit": git_commit(),
         "versions": versions(),
         "draws": measure_draws(draws) if draws else None,
-        "sizes": results,
+        "plain_pass_gb_per_s": {size: speed / 1e9 for size, (_, speed) in measured.items()},
+        "sizes": {size: rows for size, (rows, _) in measured.items()},
     }
     write_json(workdir / "bench.json", content)
     draw(content).savefig(workdir / "bench.png", dpi=110)
@@ -279,13 +303,16 @@ def table(content: dict[str, Any]) -> str:
     """The results as text for a terminal."""
     lines = []
     for size, results in content["sizes"].items():
-        rows = [[size, "ms", "ratio", "bytes", "state", "bandwidth", "trace s", "compile s"]]
+        rows = [
+            [size, "ms", "ratio", "kernels", "bytes", "state", "bandwidth", "trace s", "compile s"]
+        ]
         for name, row in results.items():
             rows.append(
                 [
                     name,
                     f"{row['ms']:.2f}",
                     f"{row['ratio']:.2f}",
+                    str(row["kernels"]),
                     f"{row['bytes_accessed']:.1f}",
                     f"{row['state_bytes']:.1f}",
                     f"{100 * row['bandwidth']:.0f} %",
@@ -293,7 +320,8 @@ def table(content: dict[str, Any]) -> str:
                     f"{row['compile_s']:.2f}",
                 ]
             )
-        lines += [*aligned(rows), ""]
+        speed = content["plain_pass_gb_per_s"][size]
+        lines += [*aligned(rows), f"bandwidth: over the {speed:,.0f} GB/s of a plain pass", ""]
     if draws := content["draws"]:
         lines += [
             f"{draws['count']:,} gamma draws with gradient: fast {draws['fast_ms']:.0f} ms, "
