@@ -20,6 +20,10 @@ from dartax.experiments.config import Config, ModelConfig
 from dartax.experiments.run_folder import held, read_metrics
 from dartax.experiments.train import train_and_evaluate
 
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="two processes need a GPU each, and there may be one"
+)
+
 
 def config(workdir, epochs):
     return Config(

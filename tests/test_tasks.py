@@ -156,6 +156,7 @@ def test_every_epoch_is_another_permutation():
     assert np.abs(counts - 200).max() < 5 * np.sqrt(2000 * 0.1 * 0.9)
 
 
+@jax.default_matmul_precision("highest")  # a GPU would round to TF32
 def test_supervised_losses_are_those_of_the_indexed_examples(small_files):
     task = tasks.build(tiny("mnist"))
     params = jax.jit(task.init)(jax.random.key(0))
@@ -255,6 +256,7 @@ def test_layer_scale_keeps_the_function_and_scales_the_kernels():
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [1, 3])
+@jax.default_matmul_precision("highest")  # a GPU would round to TF32
 def test_patch_convolution_is_the_convolution(kernel, stride):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (2, 7, 6, 3))
@@ -285,6 +287,7 @@ def test_patch_convolution_is_the_convolution(kernel, stride):
 def test_only_the_cpu_gathers_patches(model, monkeypatch):
     x = jax.ShapeDtypeStruct((2, 9, 9, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(1), x)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     program = jax.make_jaxpr(model.apply)(params, x)
     assert "conv_general_dilated" not in str(program)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
