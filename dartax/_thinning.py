@@ -76,7 +76,7 @@ class Sample(NamedTuple):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gather(self, tensor: jax.Array) -> jax.Array:
-        """The same as :meth:`take`, on one GPU: that reads all of the rows that it chooses from."""
+        """What :meth:`take` gives. On a GPU that would read every row that it chooses from."""
         axis, number, step, turns = self
         if tensor.ndim == 1:
             return tensor[: number * step : step]
