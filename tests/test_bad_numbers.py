@@ -157,9 +157,13 @@ def test_other_inner_transforms_keep_no_infinite_square(inner):
 def test_a_fault_needs_no_branch(name):
     optimizer, params = OPTIMIZERS[name](), start()
     state = optimizer.init(params)
-    # XLA removes the branches of other platforms.
-    compiled = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
-    assert "ENTRY" in compiled
+    traced = jax.jit(optimizer.update).trace(params, state, params)
+    # Of a GPU this holds when XLA has taken out the branches of other platforms.
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "stablehlo.case" not in text
+    assert "stablehlo.if" not in text
+    compiled = traced.lower().compile().as_text()
+    assert "fusion" in compiled or "ENTRY" in compiled
     assert " conditional(" not in compiled
 
 
