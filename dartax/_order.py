@@ -22,18 +22,26 @@ PyTree = Any
 TURN = 1 << 19
 
 
-@jax.jit
-def _after(value: jax.Array, array: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="apart")
+def _after(value: jax.Array, array: jax.Array, apart: bool = False) -> jax.Array:
     """``value``, a scalar, which XLA must compute after ``array``, as far as it can be made to.
 
     It is not made to where the array is split over an explicit mesh: its first element lies on one
     device.
+
+    Args:
+      value: The scalar.
+      array: The array.
+      apart: Whether a kernel of its own computes the result, not each of those that read it, whose
+        programs would differ by what they wait for. A reduction is computed once.
     """
     if array.size == 0 or any(jax.typeof(array).sharding.spec):
         return value
-    first = jax.lax.stop_gradient(array[(0,) * array.ndim])
+    first = jnp.atleast_1d(jax.lax.stop_gradient(array[(0,) * (array.ndim - 1)]))
+    first = first[:2] if apart else first[0]  # of one element there would be no reduction
     never = jnp.isnan(first) & (first == first)  # which XLA does not see
-    return jnp.where(never, jnp.zeros_like(value), value)
+    value = jnp.where(never, jnp.zeros_like(value), value)
+    return jnp.max(value) if apart else value
 
 
 def leaf_by_leaf(
@@ -57,7 +65,7 @@ def leaf_by_leaf(
             rows.append(update(finite, *leaf))
             waiting += jnp.size(leaf[0])
             if waiting >= turn:
-                finite, waiting = _after(finite, rows[-1][0]), 0
+                finite, waiting = _after(finite, rows[-1][0], apart=True), 0
         return rows
 
     if sum(jnp.size(leaf[0]) for leaf in leaves) > TURN and jax.device_count() == 1:

@@ -239,12 +239,14 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
 
     if few:
         proposals = jax.lax.optimization_barrier(jax.vmap(propose)(normals, numbers.ravel()))
+        # Rows of one, and one reshape at the end, which XLA would move up a row at a time.
+        proposals = jnp.split(proposals, _PROPOSALS)
     else:
         proposals = [propose(normals[number], number) for number in range(_PROPOSALS)]
-    chosen = jnp.zeros_like(d)  # the mode, where none is accepted
+    chosen = jnp.zeros_like(proposals[0])  # the mode, where none is accepted
     for number in reversed(range(_PROPOSALS)):  # the first that is accepted counts
         chosen = jnp.where(proposals[number] < _REJECTED, proposals[number], chosen)
-    log_x = jnp.log(d) + 3 * chosen
+    log_x = jnp.log(d) + 3 * chosen.reshape(a.shape)
     log_boost = _log_uniform(_words(uniform_seed, _PROPOSALS), dtype) / a.astype(dtype)
     return jnp.where(boosted, log_x + log_boost, log_x).astype(a.dtype)
 
