@@ -178,9 +178,9 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
     XLA computes elementwise arithmetic of small arrays again in every kernel that reads its result,
     here in those of every leaf, but a reduction only once.
     """
-    rows = jnp.stack([values, jnp.broadcast_to(jnp.asarray(others, values.dtype), values.shape)])
-    chosen = jnp.stack([condition, ~condition])[:, None]
-    return jnp.max(jnp.where(chosen, rows, -jnp.inf), axis=0)
+    first = jnp.array([[True], [False]])
+    rows = jnp.where(first, values, others)
+    return jnp.max(jnp.where(first == condition, rows, -jnp.inf), axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=2)

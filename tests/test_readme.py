@@ -1,4 +1,4 @@
-"""What the README and the guide for contributors name is there."""
+"""What the README, its pages in ``configs`` and the guide for contributors name is there."""
 
 import re
 from pathlib import Path
@@ -6,22 +6,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("configs/*/README.md")))
+}
+TEXT = "\n".join(PAGES.values())
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+LINKS = {
+    (page, link)
+    for page, text in PAGES.items()
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)
+}
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", README))))
+def headings(text):
+    """The anchors that GitHub makes of the headings of a page."""
+    lines = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", TEXT))))
 def test_promises_are_held_by_tests(name):
     tests = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/test_*.py"))
     assert f"def {name}(" in tests
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:)([^)]+)\)", README))))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link"), sorted(LINKS))
+def test_links_lead_somewhere(page, link):
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in headings(target.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("config", sorted(set(re.findall(r"configs/[\w/]+\.toml", README))))
+@pytest.mark.parametrize("config", sorted(set(re.findall(r"configs/[\w/]+\.toml", TEXT))))
 def test_configurations_are_there(config):
     assert (ROOT / config).is_file()
 
