@@ -1,14 +1,18 @@
 import contextlib
+import importlib.metadata
 import io
 import os
 import urllib.request
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests spend their time compiling small programs, not running them; those of
-# test_devices.py need eight devices.
+# test_devices.py need eight devices. Until jaxlib 0.11 XLA could also emit kernels as it did
+# before 2025, in half the time; what it does by default later releases test.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))),
 )
 
 import jax
@@ -21,10 +25,17 @@ if not hasattr(jax, "enable_x64"):  # before JAX 0.8
 
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(tmp_path_factory):
-    """Equal programs of different tests compile once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    """Equal programs of different tests, and of the processes that they start, compile once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield
 
 
 @pytest.fixture(autouse=True)
