@@ -11,8 +11,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * (importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))),
+    + (
+        " --xla_cpu_use_fusion_emitters=false"
+        if importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))
+        else ""
+    ),
 )
 
 import jax
