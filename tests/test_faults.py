@@ -141,7 +141,7 @@ def content(folder):
 
 def test_a_run_killed_at_random_ends_where_an_unbroken_one_ends(dartax, capsys):
     kills = int(os.environ.get("DARTAX_KILLS", "2"))
-    config = dataclasses.replace(TINY, epochs=20 * (1 + kills), workdir="killed")
+    config = dataclasses.replace(TINY, epochs=8 * (1 + kills), workdir="killed")
     config_lib.save(config, Path("killed.toml"))
     command = [sys.executable, "-m", "dartax.experiments.cli", "train", "killed.toml"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path("compiled").absolute())}
