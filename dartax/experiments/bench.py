@@ -344,18 +344,20 @@ def draw(content: dict[str, Any]) -> Figure:
         for i, (size, results) in enumerate(sizes.items()):
             values = [results[name][panel] for name in names]
             place = np.arange(len(names)) + (i - (len(sizes) - 1) / 2) * height
-            bars = ax.barh(place, values, height, label=size, color=colors[i % len(colors)])
+            parameters, tensors = dataclasses.astuple(Size.parse(size))
+            label = f"{parameters:,} in {tensors}"
+            bars = ax.barh(place, values, height, label=label, color=colors[i % len(colors)])
             ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         ax.set_title(titles[panel], fontsize=10)
         ax.set_yticks(np.arange(len(names)), names)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.margins(x=0.12)
+        ax.margins(x=0.12, y=0.01)
         if panel == "ratio":
             ax.axvline(1.0, color="grey", lw=0.8)
     ax.invert_yaxis()
     figure.legend(
         *ax.get_legend_handles_labels(),
-        title="parameters x tensors",
+        title="parameters in tensors",
         loc="outside lower center",
         ncols=4,
         fontsize=8,
