@@ -53,7 +53,7 @@ from dartax.experiments.signals import HeldSignals
 from dartax.experiments.train import train_and_evaluate
 
 # Where TensorStore fails, its threads find the event loop of Orbax closed; nothing can be told them,
-# and it may come out during a later test.
+# and it may come out during a later test. For those of other files, see pyproject.toml.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 # An epoch has 22 steps, with rows, and checkpoints, at 10, 20 and 22 of them.
