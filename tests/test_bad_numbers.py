@@ -158,10 +158,9 @@ def test_a_fault_needs_no_branch(name):
     optimizer, params = OPTIMIZERS[name](), start()
     state = optimizer.init(params)
     traced = jax.jit(optimizer.update).trace(params, state, params)
-    # Of a GPU this holds when XLA has taken out the branches of other platforms.
-    text = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "stablehlo.case" not in text
-    assert "stablehlo.if" not in text
+    # What differs by platform is decided when the program is lowered.
+    text = str(traced.jaxpr)
+    assert text.count("cond[") == text.count("branches_platforms=")
     compiled = traced.lower().compile().as_text()
     assert "fusion" in compiled or "ENTRY" in compiled
     assert " conditional(" not in compiled

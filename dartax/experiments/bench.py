@@ -37,8 +37,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dart_channel": {"blocks": "channel"},
     "dart_element": {"blocks": "element"},
 }
+# The target with a look at all gradients before it moves anything, as dart takes one.
+WRAPPED: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransformation]] = {
+    "adamw_clipped": lambda adamw: optax.chain(optax.clip_by_global_norm(1.0), adamw),
+    "adamw_if_finite": lambda adamw: optax.apply_if_finite(adamw, max_consecutive_errors=5),
+}
 PEERS = ("paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
-DEFAULT = (TARGET, "dart", *VARIANTS, *PEERS)
+DEFAULT = (TARGET, *WRAPPED, "dart", *VARIANTS, *PEERS)
 # A turn takes so many steps, to leave the caches as a run of its own would, and more while it takes
 # less than this: a GPU that is given steps ahead should not wait for most of them.
 STEPS, TURN_S, MOST_STEPS = 3, 0.1, 100
@@ -88,10 +93,11 @@ def make_params(size: Size, dtype: Any) -> PyTree:
 def make_step(name: str) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Any]]:
     """An optimizer, and its step: from parameters, state and gradients to the next two."""
     variant = VARIANTS.get(name, {})
-    known: Any = "dart" if variant else name  # checked by check
+    known: Any = TARGET if name in WRAPPED else "dart" if variant else name  # checked by check
     rate = 1.0 if optimizers.has_rates(known) else 1e-3
     config = OptimizerConfig(name=known, learning_rate=rate, **variant)
-    optimizer = optax.with_extra_args_support(optimizers.build(config, HORIZON))
+    optimizer = optimizers.build(config, HORIZON)
+    optimizer = optax.with_extra_args_support(WRAPPED.get(name, lambda same: same)(optimizer))
 
     def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params, value=jnp.ones([]))
@@ -236,7 +242,7 @@ def check(sizes: Sequence[str], names: Sequence[str], dtype: str) -> tuple[list[
       ConfigError: If one of them, or ``dtype``, is unknown.
     """
     for name in names:
-        known = [*optimizers.FACTORY, *VARIANTS]
+        known = [*optimizers.FACTORY, *WRAPPED, *VARIANTS]
         if name not in known:
             raise ConfigError(f"optimizers must be known, got {name!r}; {nearest(name, known)}")
     if dtype not in ("float32", "bfloat16", "float16"):
