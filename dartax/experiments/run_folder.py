@@ -177,7 +177,17 @@ def git_commit() -> str | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that decide a result; ``None`` for a checkout that is not installed.
+
+    Such a one can be imported, from the path, and is told apart by :func:`git_commit`.
+    """
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
     packages = ("dartax", "jax", "jaxlib", "optax", "flax", "numpy")
-    return {name: importlib.metadata.version(name) for name in packages}
+    return {name: version(name) for name in packages}
