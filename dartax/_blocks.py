@@ -1,9 +1,10 @@
 """Parameter blocks: which leaf of the parameter tree takes which learning rate."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,27 @@ from dartax._sums import sums
 PyTree = Any
 Blocks = PyTree | Callable[[str], Hashable] | None
 Shape = Callable[[tuple[int, ...]], tuple[int, ...]]
-BlockIndex = tuple[jax.Array, ...] | jax.Array
 
 # The squares of numbers from here on leave float32.
 LARGEST_ROOT = 2.0**64
+
+
+class BlockIndex(NamedTuple):
+    """Which of the K blocks each of the n leaves belongs to.
+
+    Attributes:
+      of_leaf: The block of every leaf, uint32 ``[n]``.
+      digits: The uint32 scalars 0, 1, ..., b - 1, b the root of K rounded up. Two of them tell
+        any block to :func:`spread`; without leaves one scalar.
+    """
+
+    of_leaf: jax.Array
+    digits: tuple[jax.Array, ...] | jax.Array
+
+
+def _base(num_blocks: int) -> int:
+    """The root of the number of blocks, rounded up."""
+    return math.isqrt(max(num_blocks - 1, 0)) + 1
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -141,23 +159,39 @@ def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
     return index, len(number)
 
 
-def block_index(numbers: list[int]) -> BlockIndex:
-    """The block of every leaf as arrays of their own, so that the state can hold them.
+def block_index(numbers: list[int], num_blocks: int) -> BlockIndex:
+    """What :func:`number_blocks` found, as arrays for the state to hold."""
+    digits = tuple(jnp.asarray(digit, jnp.uint32) for digit in range(_base(num_blocks)))
+    # One array is a prefix of any tuple, which optax.tree.map_params needs: it calls init with a
+    # tree that has no leaves.
+    return BlockIndex(jnp.asarray(numbers, jnp.uint32), digits if numbers else digits[0])
 
-    A constant index into the rates would make every leaf's kernels a program of their own, at some
-    10 ms of compilation each. As arguments they leave one program for all leaves of a shape.
+
+def check_same_blocks(
+    numbers: list[int], num_blocks: int, index: BlockIndex, kept_blocks: int
+) -> None:
+    """Raises unless a state of ``kept_blocks`` blocks was made for the blocks of this optimizer.
+
+    Of a traced state, inside ``jax.jit``, only their number can be read.
     """
-    # A field without an array is no place for optax.tree.map_params, whose tree has no leaves.
-    return tuple(jnp.asarray(number, jnp.uint32) for number in numbers) or jnp.zeros(0, jnp.uint32)
+    other = f"{num_blocks} blocks instead of {kept_blocks}" if num_blocks != kept_blocks else ""
+    if not other and not isinstance(index.of_leaf, jax.core.Tracer):
+        differ = np.asarray(index.of_leaf) != np.array(numbers, np.uint32)
+        other = f"another one for {np.sum(differ)} leaves" if np.any(differ) else ""
+    if other:
+        raise ValueError(
+            f"blocks must be those that the state was made for, got {other}; build the optimizer "
+            "as it was then, or call init again."
+        )
 
 
 def block_dots(
-    left: PyTree, right: PyTree, index: BlockIndex | None, num_blocks: int, whole: PyTree = None
+    left: PyTree, right: PyTree, numbers: list[int], num_blocks: int, whole: PyTree = None
 ) -> jax.Array:
     """Inner product of two trees over every block, accumulated in float32; ``[K]``.
 
     Where they are parts of larger trees, ``whole`` and another, it is that of these, as far as the
-    parts tell. Without an ``index`` each leaf is a block.
+    parts tell.
     """
     leaves = jax.tree.leaves(left)
     if not leaves:
@@ -167,9 +201,9 @@ def block_dots(
     sizes = [(jnp.size(x), jnp.size(y)) for x, y in zip(wholes, leaves, strict=True)]
     if any(size != part for size, part in sizes):
         dots *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
-    if index is None:
+    if num_blocks == len(numbers):  # blocks are numbered in the order of the leaves
         return dots
-    return jnp.zeros(num_blocks, jnp.float32).at[jnp.stack(index)].add(dots)
+    return jnp.zeros(num_blocks, jnp.float32).at[np.array(numbers)].add(dots)
 
 
 def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
@@ -183,30 +217,43 @@ def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
     return jnp.max(jnp.where(first == condition, rows, -jnp.inf), axis=0)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _scalars(
-    block: jax.Array, values: tuple[jax.Array, ...], large: tuple[bool, ...]
+    block: tuple[jax.Array, jax.Array],
+    values: tuple[jax.Array, ...],
+    base: int,
+    large: tuple[bool, ...],
 ) -> list[jax.Array]:
     # The barrier gives a leaf values of its own. On a GPU common ones make siblings of the kernels
     # of small arrays; what XLA tears apart for that is read twice, which costs more of large ones.
-    own_block, *own = jax.lax.optimization_barrier((block, *values))
-    chosen = [(own[i], own_block) if large[i] else (values[i], block) for i in range(len(values))]
-    return [jax.lax.dynamic_slice(array, [at], [1]).reshape(()) for array, at in chosen]
+    own_block, own = jax.lax.optimization_barrier((block, values))
+    at = lambda digits: digits[0] * np.uint32(base) + digits[1]  # noqa: E731
+    chosen = [
+        (own[i], at(own_block)) if large[i] else (values[i], at(block)) for i in range(len(values))
+    ]
+    return [jax.lax.dynamic_slice(array, [place], [1]).reshape(()) for array, place in chosen]
 
 
-def spread(index: BlockIndex, *columns: tuple[jax.Array, PyTree]) -> list[PyTree]:
+def spread(
+    numbers: list[int], index: BlockIndex, *columns: tuple[jax.Array, PyTree]
+) -> list[PyTree]:
     """For each of ``columns``, values ``[K]`` and a tree, one like that of the blocks' scalars.
 
-    The scalars of a leaf are meant as factors of that leaf.
+    The scalars of a leaf are meant as factors of that leaf. A constant index into the values would
+    make every leaf's kernels a program of their own, at some 10 ms of compilation each; arguments
+    leave one program for all leaves of a shape. And to hand over an argument takes the host a
+    microsecond or more: so there is not one for each leaf, but a few digits, two of which make the
+    number of any block.
     """
     values = tuple(value for value, _ in columns)
     trees = [tree for _, tree in columns]
     structure: Any = jax.tree.structure(trees[0])
     rows = zip(*map(jax.tree.leaves, trees), strict=True)
-    of_leaves = [
-        _scalars(block, values, tuple(jnp.size(leaf) > SMALL for leaf in row))
-        for block, row in zip(index, rows, strict=True)
-    ]
+    base, of_leaves = _base(len(values[0])), []
+    for number, row in zip(numbers, rows, strict=True):
+        block = index.digits[number // base], index.digits[number % base]
+        large = tuple(jnp.size(leaf) > SMALL for leaf in row)
+        of_leaves.append(_scalars(block, values, base, large))
     return [
         jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
     ]
@@ -229,5 +276,5 @@ def matrix_rms(tree: PyTree, numbers: tuple[int, ...], num_blocks: int) -> jax.A
     chosen, blocks = [leaf for leaf, _ in matrices], [number for _, number in matrices]
     size = np.zeros(num_blocks, np.float32)
     np.add.at(size, blocks, [leaf.size for leaf in chosen])
-    squares = block_dots(chosen, chosen, block_index(blocks), num_blocks)
+    squares = block_dots(chosen, chosen, blocks, num_blocks)
     return jnp.minimum(jnp.sqrt(squares / np.maximum(size, 1)), LARGEST_ROOT)

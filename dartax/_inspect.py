@@ -98,9 +98,8 @@ def _values_of_leaves(
     state: ScaleByDartState, params: PyTree, values: Values
 ) -> list[tuple[int, jax.Array]]:
     """The number of every leaf that the state controls, with the value of its block."""
-    per_block = values(state)
-    own = _own_leaves(state, params)
-    return [(leaf, per_block[i]) for i, leaf in zip(state.block_index, own, strict=True)]
+    of_leaves = values(state)[state.block_index.of_leaf]
+    return list(zip(_own_leaves(state, params), of_leaves, strict=True))
 
 
 def _blocks_to_leaves(opt_state: PyTree, params: PyTree, values: Values) -> PyTree:

@@ -9,7 +9,7 @@ import numpy as np
 from dartax._blocks import BlockIndex, PyTree
 
 # Layout of the state below.
-VERSION = 6
+VERSION = 7
 
 
 class Draw(NamedTuple):
@@ -52,7 +52,7 @@ class ScaleByDartState(NamedTuple):
       key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in, and
         takes the key's place once ``count`` has come to its end, 2**31 - 1.
         Raw, because serializers do not know typed keys.
-      block_index: Block of every parameter leaf, n uint32 scalars in the order of the leaves.
+      block_index: Block of every parameter leaf.
       concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
       moments: Moving averages of its gradient.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.

@@ -170,18 +170,18 @@ def scale_by_dirichlet(
         share = state.last_draw.share[: state.last_rates.shape[0]]
         spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
         direction = inner.again(state.inner_state, params, thinning.part)
-        (weight,) = _blocks.spread(state.block_index, (state.last_multiplier * spent, direction))
+        numbers, _ = _blocks.number_blocks(direction, blocks)
+        column = (state.last_multiplier * spent, direction)
+        (weight,) = _blocks.spread(numbers, state.block_index, column)
         return _memory.rebuild(direction, weight)
 
-    def judge(gradient, last_steps, index, num_blocks):
+    def judge(gradient, last_steps, numbers, num_blocks):
         """h, the hypergradient of every block, and for each whether the gradient is finite.
 
         A non-finite element shows in its inner product, whatever the other factor is.
         """
         part = thinning.part(gradient)
-        # As many blocks as leaves are numbered in their order.
-        index = None if num_blocks == len(index) else index
-        h = -_blocks.block_dots(part, last_steps, index, num_blocks, whole=gradient)
+        h = -_blocks.block_dots(part, last_steps, numbers, num_blocks, whole=gradient)
         return h, jnp.isfinite(h) & thinning.rest_is_finite(gradient)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
@@ -198,7 +198,7 @@ def scale_by_dirichlet(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
             key=jnp.array(jax.random.key_data(random.threefry_key(key))),
-            block_index=_blocks.block_index(numbers),
+            block_index=_blocks.block_index(numbers, num_blocks),
             concentration=concentration,
             moments=Moments(hyper_mu=per_block(), hyper_nu=per_block(), hyper_trend=per_block()),
             weight_rms=_blocks.matrix_rms(params, tuple(numbers), num_blocks),
@@ -230,12 +230,14 @@ def scale_by_dirichlet(
             check("grad", gradient)
         if value is not None:
             _check.scalar("value", value, "pass the loss")
-        index, num_blocks = state.block_index, state.last_rates.shape[0]
+        numbers, num_blocks = _blocks.number_blocks(last_steps, blocks)
+        index, kept_blocks = state.block_index, state.last_rates.shape[0]
+        _blocks.check_same_blocks(numbers, num_blocks, index, kept_blocks)
 
         # 1. Finish the last gradient: how good were the rates so far?
-        h, finite = judge(updates, last_steps, index, num_blocks)
+        h, finite = judge(updates, last_steps, numbers, num_blocks)
         if gradient is not None:
-            h, also_finite = judge(gradient, last_steps, index, num_blocks)
+            h, also_finite = judge(gradient, last_steps, numbers, num_blocks)
             finite &= also_finite
         if value is not None:
             finite &= jnp.isfinite(value)
@@ -295,6 +297,7 @@ def scale_by_dirichlet(
             # Directions of any size: what overflowed now would do so in every step to come.
             unchanged = 1.0 if guarded else jnp.where(overflows, 0.0, 1.0)
             leaf_rates, leaf_weights, leaf_kept = _blocks.spread(
+                numbers,
                 index,
                 (last_rates, direction),
                 (_blocks.either(finite, weight, 0.0), again),
@@ -304,7 +307,7 @@ def scale_by_dirichlet(
                 _memory.accumulate, again, leaf_weights, state.last_direction, leaf_kept
             )
         else:
-            (leaf_rates,) = _blocks.spread(index, (last_rates, direction))
+            (leaf_rates,) = _blocks.spread(numbers, index, (last_rates, direction))
         if guarded and inner.reads_params:
             leaf_rates = _order.in_order(leaf_rates, params, before, new_direction)
         scaled = jax.tree.map(scale, direction, leaf_rates)

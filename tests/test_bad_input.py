@@ -230,6 +230,19 @@ def test_state_of_another_kind():
         sentence(caught)
 
 
+def test_state_of_other_blocks():
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    optimizer = dartax.dart(blocks={"a": 0, "b": 0, "c": 1})
+    for blocks, message in (
+        (None, "got 3 blocks instead of 2; build the optimizer as it was then"),
+        ({"a": 0, "b": 1, "c": 1}, "got another one for 1 leaves; .* call init again"),
+    ):
+        state = optimizer.init(params)
+        with pytest.raises(ValueError, match=f"blocks must be those that .* {message}") as error:
+            dartax.dart(blocks=blocks).update(params, state, params)
+        sentence(error)
+
+
 def test_state_of_another_version():
     params = {"w": jnp.ones(2)}
     optimizer = dartax.dart()
@@ -242,7 +255,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 6, got 1 .* call init"
+            ValueError, match="state must have version 7, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

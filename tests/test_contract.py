@@ -256,7 +256,7 @@ def test_resume_from_bytes(make):
     expected = jitted(params, state)
     chex.assert_trees_all_equal(jitted(params, restored), expected)
     chex.assert_trees_all_equal(jitted(params, pickled), expected)
-    assert optax.tree.get(state, "version") == 6
+    assert optax.tree.get(state, "version") == 7
 
 
 @every_optimizer

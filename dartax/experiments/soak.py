@@ -63,7 +63,7 @@ def magnitudes(state: PyTree) -> dict[str, jax.Array]:
     fields: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
-        if names[-1] not in ("key", "version", "block_index"):
+        if not {"key", "version", "block_index"} & {*names}:
             magnitude = jnp.abs(leaf.astype(jnp.float32)).ravel()
             fields.setdefault(".".join(names), []).append(magnitude)
     return {name: jnp.max(jnp.concatenate(leaves)) for name, leaves in fields.items()}
