@@ -177,7 +177,7 @@ def check_same_blocks(
     other = f"{num_blocks} blocks instead of {kept_blocks}" if num_blocks != kept_blocks else ""
     if not other and not isinstance(index.of_leaf, jax.core.Tracer):
         differ = np.asarray(index.of_leaf) != np.array(numbers, np.uint32)
-        other = f"another one for {np.sum(differ)} leaves" if np.any(differ) else ""
+        other = f"others for {np.sum(differ)} of {len(numbers)} leaves" if np.any(differ) else ""
     if other:
         raise ValueError(
             f"blocks must be those that the state was made for, got {other}; build the optimizer "
@@ -227,11 +227,12 @@ def _scalars(
     # The barrier gives a leaf values of its own. On a GPU common ones make siblings of the kernels
     # of small arrays; what XLA tears apart for that is read twice, which costs more of large ones.
     own_block, own = jax.lax.optimization_barrier((block, values))
-    at = lambda digits: digits[0] * np.uint32(base) + digits[1]  # noqa: E731
-    chosen = [
-        (own[i], at(own_block)) if large[i] else (values[i], at(block)) for i in range(len(values))
-    ]
-    return [jax.lax.dynamic_slice(array, [place], [1]).reshape(()) for array, place in chosen]
+    scalars = []
+    for common_value, own_value, is_large in zip(values, own, large, strict=True):
+        value, digits = (own_value, own_block) if is_large else (common_value, block)
+        place = digits[0] * np.uint32(base) + digits[1]
+        scalars.append(jax.lax.dynamic_slice(value, [place], [1]).reshape(()))
+    return scalars
 
 
 def spread(

@@ -235,7 +235,7 @@ def test_state_of_other_blocks():
     optimizer = dartax.dart(blocks={"a": 0, "b": 0, "c": 1})
     for blocks, message in (
         (None, "got 3 blocks instead of 2; build the optimizer as it was then"),
-        ({"a": 0, "b": 1, "c": 1}, "got another one for 1 leaves; .* call init again"),
+        ({"a": 0, "b": 1, "c": 1}, "got others for 1 of 3 leaves; .* call init again"),
     ):
         state = optimizer.init(params)
         with pytest.raises(ValueError, match=f"blocks must be those that .* {message}") as error:
