@@ -161,7 +161,7 @@ def scale_by_dirichlet(
         guarded and not inner.reads_params and _check.is_number(horizon) and horizon == 0
     )
 
-    def past_steps(state, params):
+    def past_steps(state, params, numbers):
         """z, the memory of past steps."""
         if remembers:
             # The barrier: what reads the memory first, and what adds to it later, would else
@@ -170,7 +170,6 @@ def scale_by_dirichlet(
         share = state.last_draw.share[: state.last_rates.shape[0]]
         spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
         direction = inner.again(state.inner_state, params, thinning.part)
-        numbers, _ = _blocks.number_blocks(direction, blocks)
         column = (state.last_multiplier * spent, direction)
         (weight,) = _blocks.spread(numbers, state.block_index, column)
         return _memory.rebuild(direction, weight)
@@ -219,7 +218,10 @@ def scale_by_dirichlet(
                 "the last update returned, and restore checkpoints into it."
             )
         check_version(state)
-        last_steps = past_steps(state, params)
+        numbers, num_blocks = _blocks.number_blocks(state.last_direction, blocks)
+        index, kept_blocks = state.block_index, state.last_rates.shape[0]
+        _blocks.check_same_blocks(numbers, num_blocks, index, kept_blocks)
+        last_steps = past_steps(state, params, numbers)
         check = functools.partial(_blocks.check_updates, template=last_steps, shape=thinning.shape)
         check("updates", updates)
         if params is not None:
@@ -230,9 +232,6 @@ def scale_by_dirichlet(
             check("grad", gradient)
         if value is not None:
             _check.scalar("value", value, "pass the loss")
-        numbers, num_blocks = _blocks.number_blocks(last_steps, blocks)
-        index, kept_blocks = state.block_index, state.last_rates.shape[0]
-        _blocks.check_same_blocks(numbers, num_blocks, index, kept_blocks)
 
         # 1. Finish the last gradient: how good were the rates so far?
         h, finite = judge(updates, last_steps, numbers, num_blocks)
