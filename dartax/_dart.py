@@ -103,28 +103,28 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     return jnp.clip(limit * SMALL_STEP * rms / rate, limit, FAST_GROWTH)
 
 
-def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_rate: Number) -> Rule:
+def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, rate_budget: Number) -> Rule:
     """Learning in log space; the slack is the last of the K + 1 components."""
 
     def init(num_blocks):
-        numbers = (concentration, init_rate, min_rate, max_rate)
+        numbers = (concentration, init_rate, min_rate, rate_budget)
         if all(map(_check.is_number, numbers)):
-            least = float(concentration) * (max_rate - min_rate) / MAX_CONCENTRATION
+            least = float(concentration) * (rate_budget - min_rate) / MAX_CONCENTRATION
             if not np.float32(init_rate) - np.float32(min_rate) >= least:
                 raise ValueError(
                     f"init_rate must be at least {least:.3g} above min_rate, where float32 ends, "
                     f"got init_rate={init_rate} and min_rate={min_rate}; raise init_rate."
                 )
-        # The mean rate of a block is min_rate + (max_rate - min_rate) / inverse_share.
-        if _check.is_number(init_rate) and _check.is_number(max_rate):
-            top = min_rate + (max_rate - min_rate) / max(num_blocks, 1)
+        # The mean rate of a block is min_rate + (rate_budget - min_rate) / inverse_share.
+        if _check.is_number(init_rate) and _check.is_number(rate_budget):
+            top = min_rate + (rate_budget - min_rate) / max(num_blocks, 1)
             if _check.is_number(top) and not init_rate < top:
                 raise ValueError(
                     f"init_rate must be below {top:g}, the mean rate when {num_blocks} blocks "
-                    f"share all of max_rate={max_rate}, got {init_rate}; lower init_rate."
+                    f"share all of rate_budget={rate_budget}, got {init_rate}; lower init_rate."
                 )
         low = f32(min_rate)
-        inverse_share = (f32(max_rate) - low) / (f32(init_rate) - low)
+        inverse_share = (f32(rate_budget) - low) / (f32(init_rate) - low)
         slack = f32(concentration) * (inverse_share - num_blocks)
         return jnp.append(jnp.full(num_blocks, f32(concentration)), slack)
 
@@ -148,7 +148,7 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, max_ra
         s_long = -of_trend * trend * inverse_root
 
         share = current[:-1] / jnp.sum(current)
-        rate = f32(min_rate) + (f32(max_rate) - f32(min_rate)) * share
+        rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
         above = jnp.minimum(s, s_long) - GROW_ABOVE
         grow = jnp.where(seen, jnp.clip(above, 0.0, 1.0), 0.0)
         # At full speed where s is -1.
@@ -177,12 +177,12 @@ def scale_by_dart(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     init_rate: Number = 1e-5,
     min_rate: Number = 0.0,
-    max_rate: Number = 1.0,
+    rate_budget: Number = 1.0,
     concentration: Number = 10.0,
-    horizon: Number = 0.999,
+    memory_decay: Number = 0.999,
     blocks: Blocks = None,
     key: jax.Array | int = 0,
-    direction_dtype: str = "bfloat16",
+    memory_dtype: str = "bfloat16",
 ) -> optax.GradientTransformationExtraArgs:
     """Scales directions by learned, randomly drawn rates, one for each parameter block.
 
@@ -198,14 +198,14 @@ def scale_by_dart(
         ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` a step costs less than around
         those of optax, with Adam less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates.
-      init_rate: Mean rate of every block at the start, in (min_rate, max_rate / K) for K
+      init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K
         blocks. From 1e-8 to 1e-4 it hardly matters: the rates grow by a factor of 10 in 5
         updates while the steps are tiny beside the weights, and in 50 later on.
       min_rate: Lower end of the rates, non-negative.
-      max_rate: Budget: the rates of all blocks sum to at most this (above ``min_rate``).
+      rate_budget: Budget: the rates of all blocks sum to at most this (above ``min_rate``).
       concentration: First concentration of every block, positive. The relative standard
         deviation of a drawn rate is about ``concentration ** -0.5``.
-      horizon: Decay, in [0, 1), of the memory of past steps that the next gradient is
+      memory_decay: Decay, in [0, 1), of the memory of past steps that the next gradient is
         compared with; 0 is the one-step hypergradient.
       blocks: ``"tensor"`` (or ``None``): a rate for every leaf; ``"channel"``: for every index
         of its last axis; ``"element"``: for every element. Or a pytree of labels, or a function
@@ -214,7 +214,7 @@ def scale_by_dart(
         mean ``concentration``; they keep 20 bytes each.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
         need equal keys.
-      direction_dtype: Name of the dtype of the memory of past steps, 2 bytes per element of which
+      memory_dtype: Name of the dtype of the memory of past steps, 2 bytes per element of which
         in ``bfloat16``. Of a tensor with more than 131,072 elements it holds a sample alone, 1 in
         48, or more where that would leave fewer than 16,384 elements (but all where channels or
         elements have rates).
@@ -248,9 +248,9 @@ def scale_by_dart(
     _check.schedule("learning_rate", learning_rate)
     positive = lambda v: v > 0  # noqa: E731
     _check.number("init_rate", init_rate, "a positive number", positive, "1e-5 is usual")
-    _check.number("max_rate", max_rate, "a positive number", positive, "1.0 is usual")
+    _check.number("rate_budget", rate_budget, "a positive number", positive, "1.0 is usual")
     _check.number("min_rate", min_rate, "a non-negative number", lambda v: v >= 0, "pass 0.0")
-    _check.below("init_rate", init_rate, "max_rate", max_rate)
+    _check.below("init_rate", init_rate, "rate_budget", rate_budget)
     _check.below("min_rate", min_rate, "init_rate", init_rate)
     _check.number(
         "concentration",
@@ -259,23 +259,23 @@ def scale_by_dart(
         lambda v: MIN_CONCENTRATION <= v <= 1e4,
         "10.0 is usual",
     )
-    _check.decay("horizon", horizon)
-    _check.floating_dtype("direction_dtype", direction_dtype)
+    _check.decay("memory_decay", memory_decay)
+    _check.floating_dtype("memory_dtype", memory_dtype)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
     inner, thinning = adam() if inner is None else inner, Thinning(LEAST)
     if isinstance(blocks, str) and blocks in GRANULARITIES:
         inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
         thinning = Thinning(math.inf)  # every channel or element has a hypergradient of its own
     return scale_by_dirichlet(
-        dart_rule(concentration, init_rate, min_rate, max_rate),
+        dart_rule(concentration, init_rate, min_rate, rate_budget),
         inner,
         learning_rate=learning_rate,
         min_rate=min_rate,
-        max_rate=max_rate,
-        horizon=horizon,
+        rate_budget=rate_budget,
+        memory_decay=memory_decay,
         blocks=blocks,
         key=key,
-        direction_dtype=direction_dtype,
+        memory_dtype=memory_dtype,
         thinning=thinning,
     )
 
@@ -286,14 +286,14 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     inner: optax.GradientTransformation | None = None,
     init_rate: Number = 1e-5,
     min_rate: Number = 0.0,
-    max_rate: Number = 1.0,
+    rate_budget: Number = 1.0,
     concentration: Number = 10.0,
-    horizon: Number = 0.999,
+    memory_decay: Number = 0.999,
     weight_decay: Number = 0.0,
     mask: Any = None,
     blocks: Blocks = None,
     key: jax.Array | int = 0,
-    direction_dtype: str = "bfloat16",
+    memory_dtype: str = "bfloat16",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
@@ -342,12 +342,12 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             learning_rate=learning_rate,
             init_rate=init_rate,
             min_rate=min_rate,
-            max_rate=max_rate,
+            rate_budget=rate_budget,
             concentration=concentration,
-            horizon=horizon,
+            memory_decay=memory_decay,
             blocks=blocks,
             key=key,
-            direction_dtype=direction_dtype,
+            memory_dtype=memory_dtype,
         ),
         optax.scale(-1.0),
     )

@@ -126,7 +126,7 @@ def _title(label: str, state: ScaleByDartState, blocks: list[Block]) -> list[str
     """What concerns all blocks."""
     name = f"DART [{shorten(label, 30)}]" if label else "DART"
     facts = f"{name} after {int(state.count)} updates, {int(state.skipped)} skipped: "
-    limits = f"rates in [{float(state.min_rate):.3g}, {float(state.max_rate):.3g}]"
+    limits = f"rates in [{float(state.min_rate):.3g}, {float(state.rate_budget):.3g}]"
     spent = f"{sum(block.share for block in blocks):.3g} of the budget spent"
     return [
         *textwrap.wrap(facts + _count(map(health, blocks)), WIDTH, subsequent_indent="  "),

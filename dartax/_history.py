@@ -19,7 +19,7 @@ LEAF = re.compile(r"(?:(?P<label>.*?)/)?expected_rate/(?P<path>.+)")
 Names = Sequence[str] | None
 Steps = Sequence[float] | None
 OF_LEAVES = ("rate", "expected_rate", "rate_std", "concentration")
-OF_DARTS = ("concentration_total", "spent", "multiplier", "min_rate", "max_rate")
+OF_DARTS = ("concentration_total", "spent", "multiplier", "min_rate", "rate_budget")
 
 
 def read_rows(path: Path) -> list[dict[str, float | None]]:

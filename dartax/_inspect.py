@@ -60,9 +60,9 @@ def _map_arrays(state: ScaleByDartState) -> ScaleByDartState:
     within = within._replace(inner_state=None) if isinstance(within, AllocationState) else None
     return jax.tree.map(
         lambda x: x[...],
-        state._replace(last_direction=None, inner_state=within),
+        state._replace(step_memory=None, inner_state=within),
         is_leaf=lambda x: hasattr(x, "shape"),
-    )._replace(last_direction=state.last_direction)
+    )._replace(step_memory=state.step_memory)
 
 
 def _is_masked(node: Any) -> bool:
@@ -72,7 +72,7 @@ def _is_masked(node: Any) -> bool:
 def _own_leaves(state: ScaleByDartState, params: PyTree) -> list[int]:
     """Which of the parameters' leaves the state controls: those that no mask left out."""
     num_leaves = len(jax.tree.leaves(params))
-    slots = jax.tree.leaves(state.last_direction, is_leaf=_is_masked)
+    slots = jax.tree.leaves(state.step_memory, is_leaf=_is_masked)
     if len(slots) != num_leaves and any(map(_is_masked, slots)):
         # A mask that is a prefix of the tree leaves one node in place of a whole subtree. If
         # the trees do not fit even so, the count below says it.
@@ -80,7 +80,7 @@ def _own_leaves(state: ScaleByDartState, params: PyTree) -> list[int]:
             slots = jax.tree.leaves(
                 jax.tree.map(
                     lambda slot, subtree: jax.tree.map(lambda _: slot, subtree),
-                    state.last_direction,
+                    state.step_memory,
                     params,
                     is_leaf=_is_masked,
                 ),
@@ -148,13 +148,13 @@ def _share(state: ScaleByDartState) -> jax.Array:
 
 
 def _expected(state: ScaleByDartState) -> jax.Array:
-    budget = state.max_rate - state.min_rate
+    budget = state.rate_budget - state.min_rate
     return state.last_multiplier * (state.min_rate + budget * _share(state))
 
 
 def _std(state: ScaleByDartState) -> jax.Array:
     variance = _of_blocks(dirichlet.variance(state.concentration), state)
-    return state.last_multiplier * (state.max_rate - state.min_rate) * jnp.sqrt(variance)
+    return state.last_multiplier * (state.rate_budget - state.min_rate) * jnp.sqrt(variance)
 
 
 # What metrics says of every leaf.
@@ -226,7 +226,7 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
     Returns:
       - ``dart/step`` and ``dart/skipped``: updates so far, and those skipped for a non-finite
         gradient.
-      - ``dart/multiplier`` (the user's schedule), ``dart/min_rate`` and ``dart/max_rate`` (the
+      - ``dart/multiplier`` (the user's schedule), ``dart/min_rate`` and ``dart/rate_budget`` (the
         ends of the rates before it).
       - ``dart/spent``: mean share of the budget that the blocks spend, in [0, 1].
       - ``dart/concentration_total``: sum of all concentrations, the slack's too. The share of a
@@ -263,7 +263,7 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
             prefix + "skipped": state.skipped,
             prefix + "multiplier": state.last_multiplier,
             prefix + "min_rate": state.min_rate,
-            prefix + "max_rate": state.max_rate,
+            prefix + "rate_budget": state.rate_budget,
             prefix + "spent": jnp.sum(_share(state)),
             prefix + "concentration_total": jnp.sum(state.concentration),
         }

@@ -1,8 +1,8 @@
 """The memory of past steps, which the next gradient is compared with.
 
-    z_t = horizon * z_{t-1} + weight_t * u_t
+    z_t = memory_decay * z_{t-1} + weight_t * u_t
 
-is a tree like the parameters, or of a sample of them (``_thinning.py``). At horizon 0 it is the
+is a tree like the parameters, or of a sample of them (``_thinning.py``). At memory_decay 0 it is the
 last direction alone, which some transforms can give again from their state: then nothing is kept of
 it.
 """
@@ -30,7 +30,7 @@ def empty(params: PyTree, dtype: Any, kept: bool) -> PyTree:
 
 
 def rebuild(direction: PyTree, weight: PyTree) -> PyTree:
-    """The memory at horizon 0, from the direction of the last step."""
+    """The memory at memory_decay 0, from the direction of the last step."""
     return jax.tree.map(lambda u, w: w * u.astype(jnp.float32), direction, weight)
 
 

@@ -3,18 +3,18 @@
 Every parameter tensor i = 1..K draws its learning rate from one Dirichlet,
 
     gamma_i ~ Gamma(alpha_i, 1),   pi_i = gamma_i / sum_j gamma_j
-    lr_i    = lr_min + (lr_max - lr_min) * pi_i
+    lr_i    = min_rate + (rate_budget - min_rate) * pi_i
     theta_i <- theta_i - lr_i * g_i
 
 and the concentrations follow the gradient of the next loss through the draw,
 
-    dL/dalpha_j = (lr_max - lr_min) * (dlog gamma_j/dalpha_j) * pi_j * (h_j - sum_k pi_k h_k),
+    dL/dalpha_j = (rate_budget - min_rate) * (dlog gamma_j/dalpha_j) * pi_j * (h_j - sum_k pi_k h_k),
     h_i         = dL/dlr_i = -< g_{t+1,i}, g_{t,i} >
     m     <- b1 * m + (1 - b1) * dL/dalpha
     v     <- b2 * v + (1 - b2) * (dL/dalpha)^2
     alpha <- clip(alpha - eta * m_hat / (sqrt(v_hat) + eps), 0.1, 10).
 
-sum_i pi_i = 1 holds the mean rate at lr_min + (lr_max - lr_min) / K: this DART shares a
+sum_i pi_i = 1 holds the mean rate at min_rate + (rate_budget - min_rate) / K: this DART shares a
 budget out between tensors, it does not learn how much to spend. :func:`dartax.dart` does.
 
 Reference: `DART-Optimizer <https://github.com/mdelriolanse/DART-Optimizer>`_, README and
@@ -52,7 +52,7 @@ BETAS = (0.9, 0.999)
 def paper_rule(
     alpha: Number, budget: Number, eta: Number, betas: tuple[Number, Number], eps: Number
 ) -> Rule:
-    """Adam on alpha itself; ``budget`` is lr_max - lr_min."""
+    """Adam on alpha itself; ``budget`` is rate_budget - min_rate."""
     b1, b2 = betas
 
     def learn(concentration, draw, h, moments, context):
@@ -68,8 +68,8 @@ def paper_rule(
 
 
 def paper_dart(
-    lr_min: Number = 1e-6,
-    lr_max: Number = 1e-1,
+    min_rate: Number = 1e-6,
+    rate_budget: Number = 1e-1,
     alpha: Number = 1.0,
     betas: tuple[Number, Number] = BETAS,
     eps: Number = 1e-8,
@@ -87,8 +87,8 @@ def paper_dart(
     reads, is left out.
 
     Args:
-      lr_min: Lower end of the learning rates, positive and below ``lr_max``.
-      lr_max: Upper end of the learning rates: the budget that the blocks share.
+      min_rate: Lower end of the learning rates, positive and below ``rate_budget``.
+      rate_budget: Upper end of the learning rates: the budget that the blocks share.
       alpha: First concentration of every block, in [0.1, 10].
       betas: Decays of the two moments of the concentration gradient, each in [0, 1).
       eps: Added to the root of the second moment, positive.
@@ -99,7 +99,7 @@ def paper_dart(
       mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
         label. Leaves with equal labels share a rate. One block per leaf by default. (With one
-        per element the published budget leaves ``lr_max / K`` to each: see :func:`dartax.dart`.)
+        per element the published budget leaves ``rate_budget / K`` to each: see :func:`dartax.dart`.)
       key: Seed of the draws, an int or a JAX key of any kind.
 
     Returns:
@@ -136,9 +136,9 @@ def paper_dart(
          state keeps all but its counters ``count`` and ``skipped``.
     """
     positive = lambda v: v > 0  # noqa: E731
-    _check.number("lr_min", lr_min, "a positive number", positive, "the original's is 1e-6")
-    _check.number("lr_max", lr_max, "a positive number", positive, "the original's is 1e-1")
-    _check.below("lr_min", lr_min, "lr_max", lr_max)
+    _check.number("min_rate", min_rate, "a positive number", positive, "the original's is 1e-6")
+    _check.number("rate_budget", rate_budget, "a positive number", positive, "the original's is 1e-1")
+    _check.below("min_rate", min_rate, "rate_budget", rate_budget)
     _check.number(
         "alpha",
         alpha,
@@ -159,15 +159,15 @@ def paper_dart(
     return optax.chain(
         decayed_weights(weight_decay, mask),
         scale_by_dirichlet(
-            paper_rule(alpha, lr_max - lr_min, eta, (betas[0], betas[1]), eps),
+            paper_rule(alpha, rate_budget - min_rate, eta, (betas[0], betas[1]), eps),
             optax.identity(),
             learning_rate=learning_rate,
-            min_rate=lr_min,
-            max_rate=lr_max,
-            horizon=0.0,
+            min_rate=min_rate,
+            rate_budget=rate_budget,
+            memory_decay=0.0,
             blocks=blocks,
             key=key,
-            direction_dtype=jnp.float32,
+            memory_dtype=jnp.float32,
             thinning=Thinning(math.inf),
         ),
         optax.scale(-1.0),

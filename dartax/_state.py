@@ -63,8 +63,8 @@ class ScaleByDartState(NamedTuple):
         first update and for a skipped one.
       last_multiplier: f_t, the value of the user's schedule at the last update.
       min_rate: Lower end of the rates at the last update.
-      max_rate: Upper end of the rates at the last update.
-      last_direction: z, the directions (``paper_dart``) or steps (``dart``) that the next
+      rate_budget: Upper end of the rates at the last update.
+      step_memory: z, the directions (``paper_dart``) or steps (``dart``) that the next
         gradient is compared with; a tree like the parameters, or of a sample of them.
       inner_state: State of the inner transform.
     """
@@ -82,8 +82,8 @@ class ScaleByDartState(NamedTuple):
     last_rates: jax.Array
     last_multiplier: jax.Array
     min_rate: jax.Array
-    max_rate: jax.Array
-    last_direction: PyTree
+    rate_budget: jax.Array
+    step_memory: PyTree
     inner_state: PyTree
 
 

@@ -7,15 +7,15 @@ concentrations move. That is a :class:`Rule`, one in ``_paper_dart.py`` and one 
 With u_t the direction of the inner transform and f_t the user's schedule,
 
     gamma_j ~ Gamma(concentration_j, 1),      pi = softmax(log gamma)
-    rate_i  = min_rate + (max_rate - min_rate) * pi_i
+    rate_i  = min_rate + (rate_budget - min_rate) * pi_i
     update  = f_t * rate_i * u_{t,i}
 
 and the gradient of the next loss with respect to the rates of the steps so far is
 
-    h_i = dL_{t+1}/drate_i    = -< g_{t+1,i}, z_{t,i} >,   z_t = horizon * z_{t-1} + f_t * u_t
+    h_i = dL_{t+1}/drate_i    = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * u_t
     h_i = dL_{t+1}/dlog pi_i  = the same with f_t * (rate_i - min_rate) * u_t in place of f_t * u_t,
 
-as if the rates of the steps inside the horizon moved together. horizon = 0 is the hypergradient
+as if the rates of the steps inside the memory_decay moved together. memory_decay = 0 is the hypergradient
 of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form
 sums what the Dirichlet moved the parameters by: while the rates grow over decades, the tiny
 steps of the beginning do not outweigh the later ones. Of a large tensor a sample stands for all of
@@ -143,11 +143,11 @@ def scale_by_dirichlet(
     *,
     learning_rate: optax.ScalarOrSchedule,
     min_rate: Number,
-    max_rate: Number,
-    horizon: Number,
+    rate_budget: Number,
+    memory_decay: Number,
     blocks: Blocks,
     key: jax.Array | int,
-    direction_dtype: Any,
+    memory_dtype: Any,
     thinning: Thinning,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves."""
@@ -155,10 +155,10 @@ def scale_by_dirichlet(
     guarded = isinstance(inner, Guarded)
     always_finite = guarded and inner.always_finite
     inner = inner if guarded else optax.with_extra_args_support(inner)
-    # At horizon 0 the inner transform can stand in for the memory of past steps, if it needs no
+    # At memory_decay 0 the inner transform can stand in for the memory of past steps, if it needs no
     # parameters for it: those of the last step are gone.
     remembers = not (
-        guarded and not inner.reads_params and _check.is_number(horizon) and horizon == 0
+        guarded and not inner.reads_params and _check.is_number(memory_decay) and memory_decay == 0
     )
 
     def past_steps(state, params, numbers):
@@ -166,9 +166,9 @@ def scale_by_dirichlet(
         if remembers:
             # The barrier: what reads the memory first, and what adds to it later, would else
             # share a copy of it in float32.
-            return jax.lax.optimization_barrier(state.last_direction)
+            return jax.lax.optimization_barrier(state.step_memory)
         share = state.last_draw.share[: state.last_rates.shape[0]]
-        spent = share * (state.max_rate - state.min_rate) if rule.of_log else jnp.ones_like(share)
+        spent = share * (state.rate_budget - state.min_rate) if rule.of_log else jnp.ones_like(share)
         direction = inner.again(state.inner_state, params, thinning.part)
         column = (state.last_multiplier * spent, direction)
         (weight,) = _blocks.spread(numbers, state.block_index, column)
@@ -206,8 +206,8 @@ def scale_by_dirichlet(
             last_rates=per_block(),
             last_multiplier=jnp.array(multiplier, jnp.float32),
             min_rate=jnp.array(min_rate, jnp.float32),
-            max_rate=jnp.array(max_rate, jnp.float32),
-            last_direction=_memory.empty(thinning.part(params), direction_dtype, remembers),
+            rate_budget=jnp.array(rate_budget, jnp.float32),
+            step_memory=_memory.empty(thinning.part(params), memory_dtype, remembers),
             inner_state=inner.init(params),
         )
 
@@ -218,7 +218,7 @@ def scale_by_dirichlet(
                 "the last update returned, and restore checkpoints into it."
             )
         check_version(state)
-        numbers, num_blocks = _blocks.number_blocks(state.last_direction, blocks)
+        numbers, num_blocks = _blocks.number_blocks(state.step_memory, blocks)
         index, kept_blocks = state.block_index, state.last_rates.shape[0]
         _blocks.check_same_blocks(numbers, num_blocks, index, kept_blocks)
         last_steps = past_steps(state, params, numbers)
@@ -265,7 +265,7 @@ def scale_by_dirichlet(
         key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
         step_key = _threefry.fold_in(key, state.count)
         draw = draw_shares(step_key, concentration)
-        low, high = f32(min_rate), f32(max_rate)
+        low, high = f32(min_rate), f32(rate_budget)
         rates = low + (high - low) * draw.share[:num_blocks]
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
@@ -278,7 +278,7 @@ def scale_by_dirichlet(
         # gets the step as a graph of kernels with addresses, another graph at every step.
         last_rates, _ = jax.lax.optimization_barrier((last_rates, state.last_rates))
         if guarded:
-            memory = state.last_direction if remembers else last_steps
+            memory = state.step_memory if remembers else last_steps
             extra_args = {**extra_args, "finite": finite, "memory": memory}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if guarded and remembers:
@@ -290,7 +290,7 @@ def scale_by_dirichlet(
             again = thinning.part(direction)
         if not always_finite:
             direction, again = zero_unless(finite, direction), zero_unless(finite, again)
-        new_direction = state.last_direction
+        new_direction = state.step_memory
         if remembers:
             weight = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
             # Directions of any size: what overflowed now would do so in every step to come.
@@ -300,10 +300,10 @@ def scale_by_dirichlet(
                 index,
                 (last_rates, direction),
                 (_blocks.either(finite, weight, 0.0), again),
-                (_blocks.either(finite, f32(horizon) * kept, unchanged), again),
+                (_blocks.either(finite, f32(memory_decay) * kept, unchanged), again),
             )
             new_direction = jax.tree.map(
-                _memory.accumulate, again, leaf_weights, state.last_direction, leaf_kept
+                _memory.accumulate, again, leaf_weights, state.step_memory, leaf_kept
             )
         else:
             (leaf_rates,) = _blocks.spread(numbers, index, (last_rates, direction))
@@ -327,11 +327,11 @@ def scale_by_dirichlet(
             last_rates=last_rates,
             last_multiplier=multiplier,
             min_rate=low,
-            max_rate=high,
-            last_direction=new_direction,
+            rate_budget=high,
+            step_memory=new_direction,
             inner_state=inner_state,
         )
-        kept_state = state._replace(last_direction=new_direction, last_rates=last_rates)
+        kept_state = state._replace(step_memory=new_direction, last_rates=last_rates)
         if guarded:
             kept_state = kept_state._replace(inner_state=inner_state)
         new_state = jax.tree.map(functools.partial(choose, finite), new_state, kept_state)

@@ -62,7 +62,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def paper_dart(
-    params, gradients, direction, draw: Draw, *, lr_min=1e-6, lr_max=0.1, alpha=1.0,
+    params, gradients, direction, draw: Draw, *, min_rate=1e-6, rate_budget=0.1, alpha=1.0,
     betas=(0.9, 0.999), eps=1e-8, eta=0.01, weight_decay=0.0,
 ):  # fmt: skip
     """The published formula, component by component; yields params, concentrations, rates."""
@@ -78,7 +78,7 @@ def paper_dart(
             h = [-np.sum(g[name] * last[name]) for name in names]
             for j in range(K):
                 mean_h = sum(pi[k] * h[k] for k in range(K))
-                grad = (lr_max - lr_min) * l[j] / a[j] * pi[j] * (h[j] - mean_h)
+                grad = (rate_budget - min_rate) * l[j] / a[j] * pi[j] * (h[j] - mean_h)
                 m[j] = betas[0] * m[j] + (1 - betas[0]) * grad
                 v[j] = betas[1] * v[j] + (1 - betas[1]) * grad**2
             m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
@@ -86,15 +86,15 @@ def paper_dart(
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K)])
-        rates = lr_min + (lr_max - lr_min) * pi
+        rates = min_rate + (rate_budget - min_rate) * pi
         last = direction(g)
         params = {name: params[name] - rates[i] * last[name] for i, name in enumerate(names)}
         yield params, a, rates
 
 
 def dart(
-    params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, max_rate=1.0,
-    concentration=10.0, horizon=0.999, weight_decay=0.0,
+    params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, rate_budget=1.0,
+    concentration=10.0, memory_decay=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
 ):  # fmt: skip
@@ -114,14 +114,14 @@ def dart(
     rms = [np.sqrt(np.mean(np.square(elements))) if elements else 0.0 for elements in matrices]
     smallest = min([value for value in rms if value > 0], default=0.0)
     rms = [value or smallest for value in rms]
-    slack = concentration * ((max_rate - min_rate) / (init_rate - min_rate) - K)
+    slack = concentration * ((rate_budget - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
     m, v, trend = np.zeros(K), np.zeros(K), np.zeros(K)
     z = {name: np.zeros_like(params[name]) for name in names}
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
         g = gradient_of(params)
-        kept = np.full(K, horizon)
+        kept = np.full(K, memory_decay)
         if t > 0:
             h = np.zeros(K)
             for name in names:
@@ -135,7 +135,7 @@ def dart(
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
-            rate = min_rate + (max_rate - min_rate) * a[:K] / a.sum()
+            rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
             for i in range(K):
                 fall = max(multiplier(t) - multiplier(t + 32), 0.0)
                 limit = min(max(0.05, 0.6 * fall), 20.0 / (1 + t))
@@ -151,7 +151,7 @@ def dart(
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])
-        rates = multiplier(t) * (min_rate + (max_rate - min_rate) * pi[:K])
+        rates = multiplier(t) * (min_rate + (rate_budget - min_rate) * pi[:K])
         u = direction(g)
         u = {name: u[name] + weight_decay * params[name] for name in names}
         spent = rates - multiplier(t) * min_rate

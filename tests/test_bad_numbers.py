@@ -231,7 +231,7 @@ def test_parameters_of_any_size(name, size):
 def test_one_element_beside_ten_million():
     params = {"large": jnp.full((10_000, 1000), 0.02), "small": jnp.ones(1)}
     grads = {"large": jnp.full((10_000, 1000), 1e-4), "small": jnp.ones(1)}
-    optimizer = dartax.dart(direction_dtype="float32")
+    optimizer = dartax.dart(memory_dtype="float32")
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     for _ in range(3):
@@ -353,7 +353,7 @@ def test_a_first_rate_far_too_high_shows(inner):
     params = task.init(jax.random.key(0))
 
     def run(init_rate):
-        optimizer = dartax.dart(inner=inner, init_rate=init_rate, max_rate=100.0)
+        optimizer = dartax.dart(inner=inner, init_rate=init_rate, rate_budget=100.0)
 
         def step(carry, batch):
             params, state = carry

@@ -177,7 +177,7 @@ def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(devices, size, kernels, c
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs JAX's plugin for it")
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     jax.clear_caches()
-    names = ["dart", "dart_weight_decay", "dart_horizon_0", "dart_momentum", "dart_optax_adam"]
+    names = ["dart", "dart_weight_decay", "dart_memory_decay_0", "dart_momentum", "dart_optax_adam"]
     arguments = ["--compile-for", str(CONFIGS / "h100.txtpb"), "--sizes", size]
     assert cli.main(["bench", *arguments, "--workdir", "a", "--optimizers", *names]) == 0
     assert "NVIDIA H100" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_a_gpu_has_one_kernel_for_the_arrays_of_a_leaf(devices, size, kernels, c
         "adamw": 28,
         "dart": 38,
         "dart_weight_decay": 38,
-        "dart_horizon_0": 40,
+        "dart_memory_decay_0": 40,
         "dart_momentum": 30,
         "dart_optax_adam": 42 if devices == 1 else 38,  # sums and squares are read apart
     }

@@ -111,7 +111,7 @@ def test_a_sharded_checkpoint_restores_into_another_topology(shapes, runs, tmp_p
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "run", abstract)
     chex.assert_trees_all_equal(restored, broken)
-    kernel = optax.tree.get(restored[1], "last_direction")["kernel"]
+    kernel = optax.tree.get(restored[1], "step_memory")["kernel"]
     assert len(kernel.sharding.device_set) == shapes[1][0]
     resumed = jax.tree.map(functools.partial(np.asarray, dtype=np.float32), train(*restored, 2))
     chex.assert_trees_all_close(

@@ -21,9 +21,9 @@ OPTIMIZERS = {
     "dart_sgd_blocks": functools.partial(
         dartax.dart,
         inner=optax.identity(),
-        horizon=0.0,
+        memory_decay=0.0,
         blocks=lambda path: path.split("/")[-1],
-        direction_dtype="float32",
+        memory_dtype="float32",
     ),
     "dart_element": functools.partial(dartax.dart, blocks="element", weight_decay=0.1),
     "paper_dart": functools.partial(dartax.paper_dart, weight_decay=0.1),
@@ -189,7 +189,7 @@ def test_non_finite_gradient_skips_the_step_and_shows(make):
         assert now["dart/skipped"] == before["dart/skipped"] + 1
         assert now["dart/rate_max"] == 0.0
         assert "1 skipped" in dartax.describe(after, params)
-        for field in ("concentration", "last_direction", "hyper_mu"):
+        for field in ("concentration", "step_memory", "hyper_mu"):
             chex.assert_trees_all_equal(optax.tree.get(after, field), optax.tree.get(start, field))
     # and learning goes on
     _, recovered = trained(optimizer, params)
@@ -215,7 +215,7 @@ def test_non_finite_updates_behind_a_finite_grad_and_schedules_are_skipped():
 def test_state_owns_its_arrays():
     params = make_params()
     key = jax.random.PRNGKey(0)
-    mine = {"key": key, "min_rate": jnp.zeros(()), "max_rate": jnp.ones(()), "init_rate": 1e-3}
+    mine = {"key": key, "min_rate": jnp.zeros(()), "rate_budget": jnp.ones(()), "init_rate": 1e-3}
     injected = optax.inject_hyperparams(dartax.dart)(learning_rate=0.5)
     for optimizer in (dartax.dart(**mine), injected):
         state = optimizer.init(params)
@@ -223,7 +223,7 @@ def test_state_owns_its_arrays():
         _, state = update(state)
         update(state)
     assert np.all(key == 0)
-    assert mine["max_rate"] == 1
+    assert mine["rate_budget"] == 1
 
 
 def test_inner_state_keeps_its_dtypes_under_other_gradients():
@@ -294,11 +294,11 @@ def test_multi_steps(make):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_inject_hyperparams(dtype):
     params = make_params(dtype)
-    injected = optax.inject_hyperparams(dartax.dart)(init_rate=0.01, horizon=0.5, weight_decay=0.1)
+    injected = optax.inject_hyperparams(dartax.dart)(init_rate=0.01, memory_decay=0.5, weight_decay=0.1)
     after, state = trained(injected, params)
     assert state.hyperparams["init_rate"] == jnp.asarray(0.01, dtype)
     direct, direct_state = trained(
-        dartax.dart(init_rate=0.01, horizon=0.5, weight_decay=0.1), params
+        dartax.dart(init_rate=0.01, memory_decay=0.5, weight_decay=0.1), params
     )
     tolerance = 1e-6 if dtype == jnp.float32 else 0.01
     np.testing.assert_allclose(
@@ -308,10 +308,10 @@ def test_inject_hyperparams(dtype):
         *(dartax.concentrations(s, params) for s in (state, direct_state)), rtol=tolerance
     )
     scheduled = optax.inject_hyperparams(dartax.paper_dart)(
-        lr_max=optax.linear_schedule(0.1, 0.01, 5)
+        rate_budget=optax.linear_schedule(0.1, 0.01, 5)
     )
     _, state = trained(scheduled, params)
-    np.testing.assert_allclose(optax.tree.get(state, "max_rate"), 0.028, rtol=0.01)
+    np.testing.assert_allclose(optax.tree.get(state, "rate_budget"), 0.028, rtol=0.01)
 
 
 def test_zero_weight_decay_needs_no_params():
@@ -328,7 +328,7 @@ def test_float64_parameters_keep_their_dtype():
         chex.assert_trees_all_equal_dtypes(params, after)
         chex.assert_trees_all_equal_shapes_and_dtypes(optimizer.init(params), state)
         dart_state = next(s for s in state if isinstance(s, dartax.ScaleByDartState))
-        kept = dart_state._replace(last_direction=None, inner_state=None)
+        kept = dart_state._replace(step_memory=None, inner_state=None)
         assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {
             jnp.dtype(name) for name in ("float32", "int32", "uint32")
         }

@@ -92,7 +92,7 @@ def test_a_block_without_gradient(make):
 
 
 def test_a_budget_that_is_too_small():
-    optimizer = dartax.dart(max_rate=1e-3, init_rate=1e-4, inner=SGD)
+    optimizer = dartax.dart(rate_budget=1e-3, init_rate=1e-4, inner=SGD)
     (early, _), (late, rates) = history(optimizer, quadratic(0.1, 0.1), [20, 200])
     assert early == {"a": "growing", "b": "growing"}
     assert late == {"a": "pinned at max", "b": "pinned at max"}

@@ -121,9 +121,9 @@ def test_ends_where_one_device_ends(width, kept, layout, monkeypatch):
 
     # State lies where its parameters lie, and every device has the same draw.
     dart_state = state[0]
-    assert dart_state.last_direction[0]["kernel"].shape == (kept, width)
+    assert dart_state.step_memory[0]["kernel"].shape == (kept, width)
     moments = dart_state.inner_state[0]
-    for tree in (after, dart_state.last_direction, moments.mu, moments.nu):
+    for tree in (after, dart_state.step_memory, moments.mu, moments.nu):
         for leaf, param in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
             assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
     for vector in (dart_state.concentration, dart_state.last_rates, dart_state.hypergradient):
@@ -147,7 +147,7 @@ def test_kept_rows_that_lie_unevenly_come_from_a_neighbour(monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 1 << 15)  # of every 49 rows 3, put together from 8 each
     # Of so many gradients some are next to 0, and Adam makes a step of what is rounding there.
     _, after, state, jitted, batch = ends_where_one_device_ends("fully sharded", 784, atol=1e-4)
-    assert state[0].last_direction[0]["kernel"].shape == (48, 784)
+    assert state[0].step_memory[0]["kernel"].shape == (48, 784)
     moved = collectives(jitted, after, state, batch)
     rows = [shape for operation, shape in moved if operation == "collective-permute"]
     assert rows
@@ -162,7 +162,7 @@ def test_state_begins_where_its_parameters_lie(jitted):
         params = jax.device_put(make_params(), NamedSharding(mesh, P("x")))
         state = (jax.jit(optimizer.init) if jitted else optimizer.init)(params)
     moments = state[0].inner_state[0]
-    for tree in (state[0].last_direction, moments.mu, moments.nu):
+    for tree in (state[0].step_memory, moments.mu, moments.nu):
         for leaf, param in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
             assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
 
@@ -199,7 +199,7 @@ def test_explicit_mesh(on_one_device):
     "options",
     [
         {},
-        {"horizon": 0.0},
+        {"memory_decay": 0.0},
         {"inner": optax.scale_by_lion()},
         {"weight_decay": 0.1},
         {"blocks": "channel"},

@@ -42,8 +42,8 @@ def test_config_survives_saving(tmp_path):
     [
         (OptimizerConfig(options={"int_rate": 1.0}), "int_rate is not an option of dart; did you mean 'init_rate'?"),
         (OptimizerConfig(options={"blocks": 2.0}), "blocks is not an option of dart"),
-        (OptimizerConfig(options={"init_rate": 2.0}), "init_rate must be below max_rate"),
-        (OptimizerConfig(name="paper_dart", options={"lr_min": 1.0}), "lr_min must be below lr_max"),
+        (OptimizerConfig(options={"init_rate": 2.0}), "init_rate must be below rate_budget"),
+        (OptimizerConfig(name="paper_dart", options={"min_rate": 1.0}), "min_rate must be below rate_budget"),
         (OptimizerConfig(name="adamw", inner="lion"), "optimizer.inner must be left out under adamw"),
         (OptimizerConfig(name="adamw", blocks="channel"), "optimizer.blocks must be left out under adamw"),
         (OptimizerConfig(name="paper_dart", blocks="element"), "blocks must be one of 'tensor', a tree"),
@@ -124,7 +124,7 @@ def test_train_leaves_a_run_folder(capsys):
     assert [row["multiplier"] for row in rows] == pytest.approx(
         [1 - (row["step"] - 1) / 88 for row in rows], rel=1e-4
     )
-    assert {(row["skipped"], row["min_rate"], row["max_rate"]) for row in rows} == {(0, 0, 1)}
+    assert {(row["skipped"], row["min_rate"], row["rate_budget"]) for row in rows} == {(0, 0, 1)}
     blocks = [name for name in rows[-1] if name.startswith("concentration/")]
     assert sum(rows[-1][name] for name in blocks) / rows[-1][
         "concentration_total"

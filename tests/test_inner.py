@@ -132,7 +132,7 @@ def test_a_step_copies_nothing_as_large_as_the_parameters(name):
 
 
 @pytest.mark.parametrize("inner", [PAIRS[name][0] for name in PAIRS], ids=PAIRS)
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"horizon": 0.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"memory_decay": 0.0}], ids=str)
 def test_leaves_of_one_shape_are_traced_once(inner, options):
     """The text of a program grows by some calls for every leaf, not by what they compute."""
     optimizer = dartax.dart(inner=inner, **options)
@@ -168,7 +168,7 @@ def test_dart_around_either_is_the_same(name, weight_decay):
 @every_pair
 def test_horizon_0_needs_no_memory_of_the_last_step(name):
     """The direction that is given again is the one that a buffer would hold."""
-    make = functools.partial(dartax.dart, init_rate=1e-3, horizon=0.0, direction_dtype="float32")
+    make = functools.partial(dartax.dart, init_rate=1e-3, memory_decay=0.0, memory_dtype="float32")
     runs = []
     for inner in PAIRS[name]:
         optimizer, params = make(inner=inner), PARAMS
@@ -179,6 +179,6 @@ def test_horizon_0_needs_no_memory_of_the_last_step(name):
             updates, state = update(gradient, state, params)
             params = optax.apply_updates(params, updates)
         runs.append((params, dartax.learning_rates(state, params), state[0].hypergradient))
-        kept = [leaf.size for leaf in jax.tree.leaves(state[0].last_direction)]
+        kept = [leaf.size for leaf in jax.tree.leaves(state[0].step_memory)]
         assert kept == ([0, 0] if inner is PAIRS[name][0] else [2, 6])
     assert_close(runs[0], runs[1], 1e-4)

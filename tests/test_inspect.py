@@ -32,13 +32,13 @@ def test_mean_and_deviation_are_those_of_the_draws():
     n = 4000
 
     def rates(key):
-        optimizer = dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4, key=key)
+        optimizer = dartax.dart(0.5, min_rate=0.1, rate_budget=2.0, init_rate=0.4, key=key)
         state = optimizer.init(PARAMS)
         _, state = optimizer.update(PARAMS, state, PARAMS)
         return dartax.learning_rates(state, PARAMS)["scale"]
 
     draws = jax.jit(jax.vmap(rates))(jax.random.split(jax.random.key(1), n))
-    _, state = after(dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4), 1)
+    _, state = after(dartax.dart(0.5, min_rate=0.1, rate_budget=2.0, init_rate=0.4), 1)
     mean = dartax.expected_learning_rates(state, PARAMS)["scale"]
     std = dartax.learning_rate_std(state, PARAMS)["scale"]
     np.testing.assert_allclose(mean, 0.5 * 0.4, rtol=1e-5)
@@ -83,7 +83,7 @@ def test_metrics_are_scalars_inside_jit():
 
 
 def test_metrics_of_every_leaf():
-    optimizer = dartax.dart(0.5, min_rate=0.1, max_rate=2.0, init_rate=0.4)
+    optimizer = dartax.dart(0.5, min_rate=0.1, rate_budget=2.0, init_rate=0.4)
     _, state = after(optimizer, 3)
     metrics = jax.jit(dartax.metrics)(state, PARAMS)
     accessors = {
@@ -98,7 +98,7 @@ def test_metrics_of_every_leaf():
             metrics[f"dart/{name}/dense/kernel"], leaves["dense"]["kernel"], rtol=1e-6
         )
         np.testing.assert_allclose(metrics[f"dart/{name}/scale"], leaves["scale"], rtol=1e-6)
-    assert (metrics["dart/min_rate"], metrics["dart/max_rate"]) == (np.float32(0.1), 2.0)
+    assert (metrics["dart/min_rate"], metrics["dart/rate_budget"]) == (np.float32(0.1), 2.0)
     # The rates and their spread follow from the concentrations: a Beta law.
     a, total = metrics["dart/concentration/scale"], metrics["dart/concentration_total"]
     share = scipy.stats.beta(a, total - a)

@@ -89,7 +89,7 @@ def test_dart_finds_a_rate_from_far_below(noise):
 def test_dart_retreats_from_a_rate_that_diverges():
     # The rates of gradient descent on the steep direction must stay below 2 / 4.
     too_high = functools.partial(dart_sgd, init_rate=0.4)
-    fixed = functools.partial(paper, eta=0.0, lr_min=0.79, lr_max=0.8)
+    fixed = functools.partial(paper, eta=0.0, min_rate=0.79, rate_budget=0.8)
     loss, _ = run(KEYS, make=fixed, steps=500, noise=0.3)
     assert not np.any(loss < START_LOSS)
     loss, _ = run(KEYS, make=too_high, steps=500, noise=0.3)

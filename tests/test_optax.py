@@ -143,7 +143,7 @@ def test_dtypes(make, dtype, x64):
             state, is_leaf=lambda n: isinstance(n, dartax.ScaleByDartState)
         ):
             if isinstance(node, dartax.ScaleByDartState):
-                kept = node._replace(last_direction=None, inner_state=None)
+                kept = node._replace(step_memory=None, inner_state=None)
                 names = {leaf.dtype.name for leaf in jax.tree.leaves(kept)}
                 assert names == {"float32", "int32", "uint32"}
 
@@ -307,9 +307,9 @@ def test_vmap_over_models():
     [
         (
             dartax.dart,
-            {"init_rate": 1e-3, "horizon": 0.5, "learning_rate": 0.5, "weight_decay": 0.1},
+            {"init_rate": 1e-3, "memory_decay": 0.5, "learning_rate": 0.5, "weight_decay": 0.1},
         ),
-        (dartax.dart, {"min_rate": 1e-6, "max_rate": 0.5, "concentration": 30.0}),
+        (dartax.dart, {"min_rate": 1e-6, "rate_budget": 0.5, "concentration": 30.0}),
         (dartax.paper_dart, {"lr_min": 1e-4, "lr_max": 0.3, "alpha": 2.0, "eps": 1e-6, "eta": 0.1}),
     ],
 )

@@ -60,7 +60,7 @@ def of_many(num, steps=8):
         "step": 10.0 * np.arange(1, steps + 1),
         "multiplier": decay,
         "min_rate": np.zeros(steps),
-        "max_rate": np.ones(steps),
+        "rate_budget": np.ones(steps),
         "spent": share.sum(1),
         "concentration_total": 10 / share.min(1),
         "loss": np.array(["other things"] * steps),

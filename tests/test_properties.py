@@ -4,8 +4,8 @@ Whatever is fed, of extreme values, NaN and infinities, under hyperparameters an
 documented ranges:
 
 1. The state and the updates are finite, and keep their structure, shapes and dtypes.
-2. Every rate lies in [min_rate, max_rate], the multiplier apart, and all blocks together spend at
-   most max_rate - min_rate above min_rate.
+2. Every rate lies in [min_rate, rate_budget], the multiplier apart, and all blocks together spend at
+   most rate_budget - min_rate above min_rate.
 3. Mean rates lie there too, deviations are at most half the range, metrics are finite, and the
    spent share of the budget lies in [0, 1].
 4. Concentrations are at least 1e-4 and at most 1e30 under ``dart``, whose smallest one is
@@ -55,14 +55,14 @@ def log_range(low, high):
 
 @st.composite
 def dart_options(draw):
-    max_rate = draw(log_range(1e-6, 1.0))
-    init_rate = max_rate * draw(log_range(1e-12, 0.19))  # below the share of one of five blocks
+    rate_budget = draw(log_range(1e-6, 1.0))
+    init_rate = rate_budget * draw(log_range(1e-12, 0.19))  # below the share of one of five blocks
     return {
-        "max_rate": max_rate,
+        "rate_budget": rate_budget,
         "init_rate": init_rate,
         "min_rate": init_rate * draw(st.sampled_from([0.0, 1e-3, 0.5])),
         "concentration": draw(log_range(1e-3, 1e4)),
-        "horizon": draw(st.sampled_from([0.0, 0.9, 0.999])),
+        "memory_decay": draw(st.sampled_from([0.0, 0.9, 0.999])),
         "learning_rate": draw(st.sampled_from([0.0, 1e-3, 1.0])),
     }
 
@@ -130,7 +130,7 @@ def check(name, options, gradients):
     low, high = (
         (options["lr_min"], options["lr_max"])
         if name == "paper_dart"
-        else (options["min_rate"], options["max_rate"])
+        else (options["min_rate"], options["rate_budget"])
     )
     factor, spread = options["learning_rate"], high - low
     above, below = 1 + 1e-4, 1 - 1e-4

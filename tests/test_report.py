@@ -31,7 +31,7 @@ def make_run(folder, blocks=(EVIL, "Dense_0/kernel", "Dense_1/kernel"), steps=6)
             "spent": len(blocks) * share,
             "multiplier": np.ones(steps),
             "min_rate": np.zeros(steps),
-            "max_rate": np.ones(steps),
+            "rate_budget": np.ones(steps),
         }
     for i, block in enumerate(blocks):
         columns |= {

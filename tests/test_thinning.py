@@ -119,11 +119,11 @@ INNERS = {
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("horizon", [0.0, 0.999])
+@pytest.mark.parametrize("memory_decay", [0.0, 0.999])
 @pytest.mark.parametrize("inner", INNERS)
-def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, horizon, value, monkeypatch):
+def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, memory_decay, value, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 8)
-    optimizer = dartax.dart(inner=INNERS[inner], horizon=horizon)
+    optimizer = dartax.dart(inner=INNERS[inner], memory_decay=memory_decay)
     state, update = optimizer.init(PARAMS), jax.jit(optimizer.update)
     _, state = update(PARAMS, state, PARAMS)
     poisoned = {**PARAMS, "large": PARAMS["large"].at[1, 1].set(value)}
@@ -152,7 +152,7 @@ def test_state_is_little_more_than_that_of_adam(monkeypatch):
 def test_rates_within_tensors_see_all_rows(blocks, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 8)
     state = dartax.dart(blocks=blocks).init(PARAMS)
-    assert optax.tree.get(state, "last_direction")["large"].shape == PARAMS["large"].shape
+    assert optax.tree.get(state, "step_memory")["large"].shape == PARAMS["large"].shape
 
 
 def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
@@ -167,7 +167,7 @@ def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
         state = optimizer.init(PARAMS)
         for _ in range(2):
             _, state = optimizer.update(PARAMS, state, PARAMS)
-        runs.append(optax.tree.get(state, "last_direction"))
+        runs.append(optax.tree.get(state, "step_memory"))
     jax.tree.map(np.testing.assert_array_equal, *runs)
 
 

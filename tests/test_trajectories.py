@@ -74,7 +74,7 @@ def assert_equal_trajectories(got, expected):
     "options",
     [
         {"eta": 0.05},
-        {"eta": 0.05, "alpha": 2.0, "betas": (0.8, 0.95), "lr_min": 0.01, "lr_max": 0.3},
+        {"eta": 0.05, "alpha": 2.0, "betas": (0.8, 0.95), "min_rate": 0.01, "rate_budget": 0.3},
         {"eta": 0.05, "weight_decay": 0.1},
     ],
 )
@@ -96,11 +96,11 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
         optax.scale_by_adam(),
         learning_rate=1.0,
         min_rate=1e-6,
-        max_rate=0.1,
-        horizon=0.0,
+        rate_budget=0.1,
+        memory_decay=0.0,
         blocks=None,
         key=2,
-        direction_dtype="float32",
+        memory_dtype="float32",
         thinning=Thinning(),
     )
     got = dartax_trajectory(optax.chain(transform, optax.scale(-1.0)), params, noise)
@@ -113,9 +113,9 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
     "options",
     [
         {},
-        {"horizon": 0.0, "init_rate": 1e-3},
-        {"horizon": 0.9, "init_rate": 0.1},  # high enough for rates that part and retreat
-        {"weight_decay": 0.1, "min_rate": 1e-4, "max_rate": 0.5, "init_rate": 1e-2},
+        {"memory_decay": 0.0, "init_rate": 1e-3},
+        {"memory_decay": 0.9, "init_rate": 0.1},  # high enough for rates that part and retreat
+        {"weight_decay": 0.1, "min_rate": 1e-4, "rate_budget": 0.5, "init_rate": 1e-2},
     ],
 )
 def test_dart_follows_the_reference(direction, options):
@@ -125,7 +125,7 @@ def test_dart_follows_the_reference(direction, options):
         optax.linear_schedule(1.0, 0.0, 60),
         inner=None if direction == "adam" else optax.identity(),
         key=9,
-        direction_dtype="float32",
+        memory_dtype="float32",
         **options,
     )
     got = dartax_trajectory(optimizer, params, noise)
@@ -149,7 +149,7 @@ def test_shared_blocks_follow_the_reference():
     optimizer = dartax.dart(
         blocks={"a": "outer", "b": "inner", "c": "outer"},
         init_rate=1e-3,
-        direction_dtype="float32",
+        memory_dtype="float32",
     )
     got = dartax_trajectory(optimizer, params, noise)
     expected = reference.dart(
@@ -165,13 +165,13 @@ def test_shared_blocks_follow_the_reference():
 
 @pytest.mark.parametrize("inner", [None, optax.scale_by_adam(b2=0.99)])
 @pytest.mark.parametrize(
-    "options", [{}, {"horizon": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}]
+    "options", [{}, {"memory_decay": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}]
 )
 def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     monkeypatch.setattr(_dart, "LEAST", 8)
     monkeypatch.setattr(_thinning, "TURNS", 2)
     params, noise, gradients = problem(5, {"a": (3,), "b": (64, 48), "c": (100,)})
-    optimizer = dartax.dart(inner=inner, direction_dtype="float32", **options)
+    optimizer = dartax.dart(inner=inner, memory_dtype="float32", **options)
     got = dartax_trajectory(optimizer, params, noise)
     # Of 64 rows every fourth, which 16 columns in turn have from two rows later. Of a vector, in 4
     # parts of 25, every twelfth number.
@@ -190,7 +190,7 @@ def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     expected = list(expected)
     assert_equal_trajectories(got, expected)
     monkeypatch.setattr(_dart, "LEAST", math.inf)
-    whole = dartax.dart(inner=inner, direction_dtype="float32", **options)
+    whole = dartax.dart(inner=inner, memory_dtype="float32", **options)
     with pytest.raises(AssertionError, match="Not equal"):
         assert_equal_trajectories(dartax_trajectory(whole, params, noise), expected)
 
@@ -198,7 +198,7 @@ def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
 def test_bfloat16_memory_stays_near_float32():
     params, noise, _ = problem(4)
     exact, rounded = (
-        list(dartax_trajectory(dartax.dart(init_rate=0.1, direction_dtype=d), params, noise))
+        list(dartax_trajectory(dartax.dart(init_rate=0.1, memory_dtype=d), params, noise))
         for d in ("float32", "bfloat16")
     )
     np.testing.assert_allclose(rounded[-1][1], exact[-1][1], rtol=0.05)

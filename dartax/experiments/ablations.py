@@ -1,7 +1,7 @@
 """Variants of ``dart``, each without one of its parts.
 
 What an argument of ``dart`` can switch off needs no variant: ``concentration = 1e4`` draws nearly
-the means, ``horizon = 0`` is the one-step hypergradient.
+the means, ``memory_decay = 0`` is the one-step hypergradient.
 """
 
 import math
@@ -97,22 +97,22 @@ def _factory(
         *,
         inner: optax.GradientTransformation | None = None,
         init_rate: Number = 1e-5,
-        max_rate: Number = 1.0,
+        rate_budget: Number = 1.0,
         concentration: Number = 10.0,
-        horizon: Number = 0.999,
+        memory_decay: Number = 0.999,
         key: jax.Array | int = 0,
     ) -> optax.GradientTransformation:
-        rule = _dart.dart_rule(concentration, init_rate, 0.0, max_rate)
+        rule = _dart.dart_rule(concentration, init_rate, 0.0, rate_budget)
         transform = scale_by_dirichlet(
             change(rule),
             adam() if inner is None else inner,
             learning_rate=learning_rate,
             min_rate=0.0,
-            max_rate=max_rate,
-            horizon=horizon,
+            rate_budget=rate_budget,
+            memory_decay=memory_decay,
             blocks=blocks,
             key=key,
-            direction_dtype="bfloat16",
+            memory_dtype="bfloat16",
             thinning=Thinning(least_kept),
         )
         return optax.chain(transform, optax.scale(-1.0))

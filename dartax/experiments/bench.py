@@ -30,7 +30,7 @@ TARGET = "adamw"
 # What else dart is asked for, beside the optimizers by name.
 VARIANTS: dict[str, dict[str, Any]] = {
     "dart_weight_decay": {"options": {"weight_decay": 1e-4}},
-    "dart_horizon_0": {"options": {"horizon": 0.0}},
+    "dart_memory_decay_0": {"options": {"memory_decay": 0.0}},
     "dart_optax_adam": {"inner": "optax_adam"},
     "dart_momentum": {"inner": "momentum"},
     "dart_lion": {"inner": "lion"},

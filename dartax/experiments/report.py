@@ -44,7 +44,7 @@ CAPTIONS = {
     ),
     "budget": (
         "Budget",
-        "The sum of all rates is at most max_rate: how much of it is spent, and by whom.",
+        "The sum of all rates is at most rate_budget: how much of it is spent, and by whom.",
     ),
 }
 

@@ -36,7 +36,7 @@ PyTree = Any
 # Columns of metrics.csv ahead of those of the blocks.
 COLUMNS = ["step", "epoch", "wall_s", "train_loss", "test_loss", "test_accuracy", "rate"]
 # Scalars of dartax.metrics beside those of every leaf, such as expected_rate/Dense_0/kernel.
-SCALARS = ("concentration_total", "spent", "skipped", "multiplier", "min_rate", "max_rate")
+SCALARS = ("concentration_total", "spent", "skipped", "multiplier", "min_rate", "rate_budget")
 
 
 class TrainState(NamedTuple):

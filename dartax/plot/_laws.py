@@ -24,7 +24,7 @@ def ridges(
     """The law that every block draws its rate from, at chosen steps.
 
     The share of a block of concentration c is Beta(c, total - c), and its rate is ``min_rate +
-    (max_rate - min_rate) * share``. The user's schedule is left out, so that the learned law does
+    (rate_budget - min_rate) * share``. The user's schedule is left out, so that the learned law does
     not follow its decay.
 
     Args:
@@ -48,7 +48,7 @@ def ridges(
                 concentration[row, i],
                 total[row, i],
                 history["min_rate"][row, i],
-                history["max_rate"][row, i],
+                history["rate_budget"][row, i],
             )
             for i in range(num)
         ]
