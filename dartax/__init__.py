@@ -1,6 +1,6 @@
 """dartax: learning rates as a learned Dirichlet distribution, for JAX."""
 
-from dartax import dirichlet, inner, random
+from dartax import contrib, dirichlet, inner, random
 from dartax._dart import dart, scale_by_dart
 from dartax._describe import describe
 from dartax._distill import distill_schedule, scale_by_learning_rates
@@ -13,10 +13,13 @@ from dartax._inspect import (
 )
 from dartax._paper_dart import paper_dart
 from dartax._state import ScaleByDartState
+from dartax._version import __version__
 
 __all__ = [
     "ScaleByDartState",
+    "__version__",
     "concentrations",
+    "contrib",
     "dart",
     "describe",
     "dirichlet",

@@ -1,8 +1,6 @@
 """Parameter blocks: which leaf of the parameter tree takes which learning rate."""
 
 import functools
-import math
-import operator
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -11,33 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax._siblings import SMALL
-from dartax._sums import sums
-
 PyTree = Any
-Blocks = PyTree | Callable[[str], Hashable] | None
-Shape = Callable[[tuple[int, ...]], tuple[int, ...]]
+Labels = PyTree | Callable[[str], Hashable] | None
+Shapes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 # The squares of numbers from here on leave float32.
 LARGEST_ROOT = 2.0**64
 
 
-class BlockIndex(NamedTuple):
-    """Which of the K blocks each of the n leaves belongs to.
+class Blocks(NamedTuple):
+    """The K blocks of n leaves, numbered in the order of their first leaf.
 
     Attributes:
-      of_leaf: The block of every leaf, uint32 ``[n]``.
-      digits: The uint32 scalars 0, 1, ..., b - 1, b the root of K rounded up. Two of them tell
-        any block to :func:`spread`; without leaves one scalar.
+      of_leaf: The block of every leaf, n ints.
+      count: K.
+      index: The same numbers as n uint32 scalars of the state: arguments of a compiled program.
+        Without leaves one array without elements.
     """
 
-    of_leaf: jax.Array
-    digits: tuple[jax.Array, ...] | jax.Array
-
-
-def _base(num_blocks: int) -> int:
-    """The root of the number of blocks, rounded up."""
-    return math.isqrt(max(num_blocks - 1, 0)) + 1
+    of_leaf: tuple[int, ...]
+    count: int
+    index: Any
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -78,46 +70,45 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_updates(name: str, updates: PyTree, template: PyTree, shape: Shape) -> None:
-    """Raises unless the gradient has the tree structure and shapes of ``template``.
+def check_updates(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes) -> None:
+    """Raises unless a tree has the structure and shapes of the parameters given to ``init``.
 
     Args:
       name: Of the argument.
       updates: The gradient, or another tree like the parameters.
-      template: The memory of past steps.
-      shape: From the shape of a parameter to that of its memory.
+      memory: The memory of past steps, which holds all of a parameter or a sample of it.
+      memory_shape: From the shape of a parameter to that of its sample.
     """
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, template)]
-    if structures[0] == structures[1]:
-        pairs = zip(
-            jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(template), strict=True
+    if jax.tree.structure(updates) != jax.tree.structure(memory):
+        got, want = (
+            {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (updates, memory)
         )
-        for (path, update), leaf in pairs:
-            given, kept = jnp.shape(update), shape(jnp.shape(update))
-            if kept != leaf.shape:
-                thinned = f", of which the state would keep {kept}," if kept != given else ""
-                raise ValueError(
-                    f"{name} must have the shapes of the parameters given to init, got "
-                    f"{given}{thinned} instead of {leaf.shape} at '{path_name(path)}'; "
-                    "call init again after changing the model."
-                )
-            if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
-                raise TypeError(
-                    f"{name} must be real, got {jnp.result_type(update)} at '{path_name(path)}'; "
-                    "take the gradient of a real loss with respect to real parameters."
-                )
-        return
-    got = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
-    want = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(template)}
-    missing, extra = sorted(want - got), sorted(got - want)
-    raise ValueError(
-        f"{name} must have the tree structure of the parameters given to init, got "
-        + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
-        + "; pass the same tree as to init."
-    )
+        missing, extra = sorted(want - got), sorted(got - want)
+        raise ValueError(
+            f"{name} must have the tree structure of the parameters given to init, got "
+            + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
+            + "; pass the same tree as to init."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(memory), strict=True)
+    for (path, update), leaf in pairs:
+        given = jnp.shape(update)
+        if leaf.shape not in (given, memory_shape(given)):
+            sample = memory_shape(given)
+            sampled = f" (its sample has {sample})" if sample != given else ""
+            raise ValueError(
+                f"{name} must have the shapes of the parameters given to init, got "
+                f"{given}{sampled} instead of {leaf.shape} at '{path_name(path)}'; "
+                "call init again after changing the model."
+            )
+        if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
+            raise TypeError(
+                f"{name} must be real, got {jnp.result_type(update)} at '{path_name(path)}'; "
+                "take the gradient of a real loss with respect to real parameters."
+            )
 
 
-def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
+def number_blocks(params: PyTree, blocks: Labels) -> tuple[tuple[int, ...], int]:
     """Numbers the blocks in the order in which their first leaf appears.
 
     Args:
@@ -151,33 +142,30 @@ def number_blocks(params: PyTree, blocks: Blocks) -> tuple[list[int], int]:
             ) from error
     number: dict[Hashable, int] = {}
     try:
-        index = [number.setdefault(label, len(number)) for label in labels]
+        of_leaf = tuple(number.setdefault(label, len(number)) for label in labels)
     except TypeError as error:
         raise TypeError(
             f"blocks must give hashable labels, got {labels!r}; use strings or ints."
         ) from error
-    return index, len(number)
+    return of_leaf, len(number)
 
 
-def block_index(numbers: list[int], num_blocks: int) -> BlockIndex:
-    """What :func:`number_blocks` found, as arrays for the state to hold."""
-    digits = tuple(jnp.asarray(digit, jnp.uint32) for digit in range(_base(num_blocks)))
-    # One array is a prefix of any tuple, which optax.tree.map_params needs: it calls init with a
-    # tree that has no leaves.
-    return BlockIndex(jnp.asarray(numbers, jnp.uint32), digits if numbers else digits[0])
+def block_index(of_leaf: tuple[int, ...]) -> Any:
+    """The numbers of :func:`number_blocks` as arrays for the state to hold."""
+    # An array is a prefix of any tuple. optax.tree.map_params needs that: it calls init with a tree
+    # that has no leaves.
+    return tuple(jnp.asarray(i, jnp.uint32) for i in of_leaf) or jnp.zeros(0, jnp.uint32)
 
 
-def check_same_blocks(
-    numbers: list[int], num_blocks: int, index: BlockIndex, kept_blocks: int
-) -> None:
-    """Raises unless a state of ``kept_blocks`` blocks was made for the blocks of this optimizer.
+def check_same_blocks(of_leaf: tuple[int, ...], num_blocks: int, index: Any, kept: int) -> None:
+    """Raises unless a state of ``kept`` blocks was made for the blocks of this optimizer.
 
     Of a traced state, inside ``jax.jit``, only their number can be read.
     """
-    other = f"{num_blocks} blocks instead of {kept_blocks}" if num_blocks != kept_blocks else ""
-    if not other and not isinstance(index.of_leaf, jax.core.Tracer):
-        differ = np.asarray(index.of_leaf) != np.array(numbers, np.uint32)
-        other = f"others for {np.sum(differ)} of {len(numbers)} leaves" if np.any(differ) else ""
+    other = f"{num_blocks} blocks instead of {kept}" if num_blocks != kept else ""
+    if not other and not any(isinstance(i, jax.core.Tracer) for i in index):
+        differ = sum(np.any(np.asarray(i) != n) for i, n in zip(index, of_leaf, strict=True))
+        other = f"others for {differ} of {len(of_leaf)} leaves" if differ else ""
     if other:
         raise ValueError(
             f"blocks must be those that the state was made for, got {other}; build the optimizer "
@@ -185,83 +173,8 @@ def check_same_blocks(
         )
 
 
-def block_dots(
-    left: PyTree, right: PyTree, numbers: list[int], num_blocks: int, whole: PyTree = None
-) -> jax.Array:
-    """Inner product of two trees over every block, accumulated in float32; ``[K]``.
-
-    Where they are parts of larger trees, ``whole`` and another, it is that of these, as far as the
-    parts tell.
-    """
-    leaves = jax.tree.leaves(left)
-    if not leaves:
-        return jnp.zeros(num_blocks, jnp.float32)
-    dots = sums(operator.mul, leaves, jax.tree.leaves(right))
-    wholes = jax.tree.leaves(left if whole is None else whole)
-    sizes = [(jnp.size(x), jnp.size(y)) for x, y in zip(wholes, leaves, strict=True)]
-    if any(size != part for size, part in sizes):
-        dots *= np.array([size / max(part, 1) for size, part in sizes], np.float32)
-    if num_blocks == len(numbers):  # blocks are numbered in the order of the leaves
-        return dots
-    return jnp.zeros(num_blocks, jnp.float32).at[np.array(numbers)].add(dots)
-
-
-def either(condition: jax.Array, values: jax.Array, others: Any) -> jax.Array:
-    """``jnp.where(condition, values, others)`` for a scalar condition, computed once.
-
-    XLA computes elementwise arithmetic of small arrays again in every kernel that reads its result,
-    here in those of every leaf, but a reduction only once.
-    """
-    first = jnp.array([[True], [False]])
-    rows = jnp.where(first, values, others)
-    return jnp.max(jnp.where(first == condition, rows, -jnp.inf), axis=0)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _scalars(
-    block: tuple[jax.Array, jax.Array],
-    values: tuple[jax.Array, ...],
-    base: int,
-    large: tuple[bool, ...],
-) -> list[jax.Array]:
-    # The barrier gives a leaf values of its own. On a GPU common ones make siblings of the kernels
-    # of small arrays; what XLA tears apart for that is read twice, which costs more of large ones.
-    own_block, own = jax.lax.optimization_barrier((block, values))
-    scalars = []
-    for common_value, own_value, is_large in zip(values, own, large, strict=True):
-        value, digits = (own_value, own_block) if is_large else (common_value, block)
-        place = digits[0] * np.uint32(base) + digits[1]
-        scalars.append(jax.lax.dynamic_slice(value, [place], [1]).reshape(()))
-    return scalars
-
-
-def spread(
-    numbers: list[int], index: BlockIndex, *columns: tuple[jax.Array, PyTree]
-) -> list[PyTree]:
-    """For each of ``columns``, values ``[K]`` and a tree, one like that of the blocks' scalars.
-
-    The scalars of a leaf are meant as factors of that leaf. A constant index into the values would
-    make every leaf's kernels a program of their own, at some 10 ms of compilation each; arguments
-    leave one program for all leaves of a shape. And to hand over an argument takes the host a
-    microsecond or more: so there is not one for each leaf, but a few digits, two of which make the
-    number of any block.
-    """
-    values = tuple(value for value, _ in columns)
-    trees = [tree for _, tree in columns]
-    structure: Any = jax.tree.structure(trees[0])
-    rows = zip(*map(jax.tree.leaves, trees), strict=True)
-    base, of_leaves = _base(len(values[0])), []
-    for number, row in zip(numbers, rows, strict=True):
-        block = index.digits[number // base], index.digits[number % base]
-        large = tuple(jnp.size(leaf) > SMALL for leaf in row)
-        of_leaves.append(_scalars(block, values, base, large))
-    return [
-        jax.tree.unflatten(structure, [leaf[i] for leaf in of_leaves]) for i in range(len(values))
-    ]
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def matrix_rms(tree: PyTree, numbers: tuple[int, ...], num_blocks: int) -> jax.Array:
+def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax.Array:
     """Root mean square of the elements of every block's matrices, at most 2**64, ``[K]``.
 
     It is 0 without any, and for elements whose squares vanish in float32.
@@ -269,13 +182,9 @@ def matrix_rms(tree: PyTree, numbers: tuple[int, ...], num_blocks: int) -> jax.A
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
     normalization at 1, whatever the size of the weights that they belong to.
     """
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    pairs = zip(leaves, numbers, strict=True)
-    matrices = [(leaf, number) for leaf, number in pairs if leaf.ndim >= 2]
-    if not matrices:
-        return jnp.zeros(num_blocks, jnp.float32)
-    chosen, blocks = [leaf for leaf, _ in matrices], [number for _, number in matrices]
-    size = np.zeros(num_blocks, np.float32)
-    np.add.at(size, blocks, [leaf.size for leaf in chosen])
-    squares = block_dots(chosen, chosen, blocks, num_blocks)
-    return jnp.minimum(jnp.sqrt(squares / np.maximum(size, 1)), LARGEST_ROOT)
+    squares, sizes = jnp.zeros(num_blocks, jnp.float32), np.zeros(num_blocks, np.float32)
+    for leaf, block in zip(map(jnp.asarray, jax.tree.leaves(params)), of_leaf, strict=True):
+        if leaf.ndim >= 2:
+            squares = squares.at[block].add(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
+            sizes[block] += leaf.size
+    return jnp.minimum(jnp.sqrt(squares / np.maximum(sizes, 1)), LARGEST_ROOT)

@@ -4,8 +4,9 @@ Only Python and NumPy numbers are compared with their range. Scalar arrays and t
 that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,26 @@ import optax
 
 # Of float32, in which all hyperparameters are used; NaN compares as outside.
 LARGEST = 3.4e38
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[Function], Function]:
+    """A decorator that refuses old names of keyword arguments, each with its new name."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{old} must be given by its new name, {names[old]}, got {old}={kwargs[old]!r};"
+                    f" pass {names[old]}."
+                )
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
 
 
 def is_number(value: Any) -> bool:
@@ -90,6 +111,13 @@ def weight_decay(value: Any) -> None:
     )
 
 
+def one_of(name: str, value: Any, names: Sequence[str]) -> None:
+    """Checks a name out of several."""
+    if not isinstance(value, str) or value not in names:
+        known = " or ".join(map(repr, names))
+        raise ValueError(f"{name} must be {known}, got {value!r}; pass {names[0]!r}.")
+
+
 def blocks(value: Any, names: Sequence[str]) -> None:
     """Checks that blocks which are named, not labelled, have one of ``names``."""
     if isinstance(value, str) and value not in names:
@@ -105,6 +133,42 @@ def transformation(name: str, value: Any) -> None:
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, got {value!r}; "
             f"pass e.g. optax.scale_by_adam(), or optax.identity() for plain gradients."
+        )
+
+
+def keeps_sign(name: str, inner: optax.GradientTransformation, params: Any) -> None:
+    """Checks that ``inner`` gives directions along the gradient, not against it.
+
+    A whole optimizer such as ``optax.adam(1e-3)`` flips the sign, for its updates are to be added.
+    The two gradients of opposite sign cancel whatever does not depend on the gradient, such as
+    noise or decayed weights.
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves or hasattr(inner.update, "again"):  # those of dartax.inner are known
+        return
+
+    def response(gradient: Any) -> Any:
+        return inner.update(gradient, inner.init(small), small)[0]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            small = jax.tree.map(
+                lambda p: jnp.full((1,) * jnp.ndim(p), 1e-3, jnp.result_type(p)), params
+            )
+            up, down = (response(jax.tree.map(lambda p, c=c: 0 * p + c, small)) for c in (1, -1))
+            along = sum(
+                float(jnp.sum(u.astype(jnp.float32) - d.astype(jnp.float32)))
+                for u, d in zip(jax.tree.leaves(up), jax.tree.leaves(down), strict=True)
+            )
+    except Exception:
+        # It cannot be asked about so small a tree, or depends on traced values. Where something is
+        # wrong with it, its own init or update will say so.
+        return
+    if along < 0:
+        raise ValueError(
+            f"{name} must keep the sign of the gradient, got a transform that flips it, as a whole "
+            "optimizer such as optax.adam(1e-3) does; pass the direction alone, e.g. "
+            "optax.scale_by_adam()."
         )
 
 

@@ -32,7 +32,6 @@ Where a rate is taken back, the past steps in h shrink by the same factor: other
 went too far would be regretted, and the rate go on shrinking, long after they are mended.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -41,13 +40,12 @@ import numpy as np
 import optax
 
 from dartax import _check
-from dartax._allocation import GRANULARITIES, allocate
-from dartax._blocks import Blocks
-from dartax._guarded import with_decayed_weights
-from dartax._thinning import LEAST, Thinning
+from dartax._blocks import Labels
+from dartax._fused._fusable import with_decayed_weights
 from dartax._transform import (
     Context,
     Draw,
+    Implementation,
     Moments,
     Number,
     Rule,
@@ -56,6 +54,7 @@ from dartax._transform import (
     moving_average,
     scale_by_dirichlet,
 )
+from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
 # Of the averages of the gradient: Adam's first moment, the long average that must agree
@@ -171,6 +170,14 @@ def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, rate_b
     return Rule(init, learn, of_log=True)
 
 
+OLD_NAMES = {
+    "horizon": "memory_decay",
+    "max_rate": "rate_budget",
+    "direction_dtype": "memory_dtype",
+}
+
+
+@_check.renamed(**OLD_NAMES)
 def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -180,9 +187,10 @@ def scale_by_dart(
     rate_budget: Number = 1.0,
     concentration: Number = 10.0,
     memory_decay: Number = 0.999,
-    blocks: Blocks = None,
+    blocks: Labels = None,
     key: jax.Array | int = 0,
     memory_dtype: str = "bfloat16",
+    implementation: Implementation = "fused",
 ) -> optax.GradientTransformationExtraArgs:
     """Scales directions by learned, randomly drawn rates, one for each parameter block.
 
@@ -262,10 +270,10 @@ def scale_by_dart(
     _check.decay("memory_decay", memory_decay)
     _check.floating_dtype("memory_dtype", memory_dtype)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
-    inner, thinning = adam() if inner is None else inner, Thinning(LEAST)
+    inner = adam() if inner is None else inner
     if isinstance(blocks, str) and blocks in GRANULARITIES:
-        inner, blocks = allocate(inner, blocks, concentration, key), "tensor"
-        thinning = Thinning(math.inf)  # every channel or element has a hypergradient of its own
+        inner = scale_by_shares(inner, blocks, concentration=concentration, key=key)
+        blocks = "tensor"
     return scale_by_dirichlet(
         dart_rule(concentration, init_rate, min_rate, rate_budget),
         inner,
@@ -273,13 +281,15 @@ def scale_by_dart(
         min_rate=min_rate,
         rate_budget=rate_budget,
         memory_decay=memory_decay,
-        blocks=blocks,
-        key=key,
         memory_dtype=memory_dtype,
-        thinning=thinning,
+        whole_memory=False,
+        labels=blocks,
+        key=key,
+        implementation=implementation,
     )
 
 
+@_check.renamed(**OLD_NAMES)
 def dart(  # noqa: D417  (arguments shared with scale_by_dart are described there)
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
@@ -291,9 +301,10 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     memory_decay: Number = 0.999,
     weight_decay: Number = 0.0,
     mask: Any = None,
-    blocks: Blocks = None,
+    blocks: Labels = None,
     key: jax.Array | int = 0,
     memory_dtype: str = "bfloat16",
+    implementation: Implementation = "fused",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
@@ -348,6 +359,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             blocks=blocks,
             key=key,
             memory_dtype=memory_dtype,
+            implementation=implementation,
         ),
         optax.scale(-1.0),
     )

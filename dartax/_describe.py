@@ -108,7 +108,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
         blocks = blocks_of(state)
         members: list[list[int]] = [[] for _ in blocks]
         for leaf, block in zip(
-            _own_leaves(state, params), np.asarray(state.block_index.of_leaf), strict=True
+            _own_leaves(state, params), map(int, state.block_index), strict=True
         ):
             members[block].append(leaf)
         title = _title(label, state, blocks)

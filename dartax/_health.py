@@ -111,7 +111,7 @@ def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
     """The s and s_long of every block that the last update moved the concentrations by."""
     has_slack = _has_slack(state)
     num = state.count - state.skipped - 1
-    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.BETAS[1], num)
+    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.B2, num)
     root = np.sqrt(np.asarray(nu))
     inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
     s = -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root

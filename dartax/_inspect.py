@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from dartax import dirichlet
-from dartax._allocation import AllocationState, factor_variances, mean_factors, used_factors
 from dartax._blocks import PyTree, path_name
 from dartax._state import ScaleByDartState, check_version
+from dartax.contrib import ScaleBySharesState, factor_variances, mean_factors, used_factors
 
 # From a state to a value for each of its blocks.
 Values = Callable[[ScaleByDartState], jax.Array]
@@ -57,7 +57,7 @@ def _labels(states: list[tuple[str, ScaleByDartState]]) -> list[str]:
 def _map_arrays(state: ScaleByDartState) -> ScaleByDartState:
     """``state`` with plain arrays in the fields that are read here."""
     within = state.inner_state
-    within = within._replace(inner_state=None) if isinstance(within, AllocationState) else None
+    within = within._replace(inner_state=None) if isinstance(within, ScaleBySharesState) else None
     return jax.tree.map(
         lambda x: x[...],
         state._replace(step_memory=None, inner_state=within),
@@ -98,7 +98,8 @@ def _values_of_leaves(
     state: ScaleByDartState, params: PyTree, values: Values
 ) -> list[tuple[int, jax.Array]]:
     """The number of every leaf that the state controls, with the value of its block."""
-    of_leaves = values(state)[state.block_index.of_leaf]
+    of_blocks = values(state)
+    of_leaves = [of_blocks[block] for block in state.block_index]
     return list(zip(_own_leaves(state, params), of_leaves, strict=True))
 
 
@@ -115,14 +116,14 @@ def _blocks_to_leaves(opt_state: PyTree, params: PyTree, values: Values) -> PyTr
 def _within(
     opt_state: PyTree,
     params: PyTree,
-    values: Callable[[AllocationState], list[jax.Array]],
+    values: Callable[[ScaleBySharesState], list[jax.Array]],
     otherwise: float,
 ) -> PyTree:
     """Values of the channels or elements of every leaf; ``otherwise`` where it has one rate."""
     leaves, structure = jax.tree.flatten(params)
     result: list[Any] = [jnp.asarray(otherwise, jnp.float32)] * len(leaves)
     for _, state in _states(opt_state):
-        if isinstance(state.inner_state, AllocationState):
+        if isinstance(state.inner_state, ScaleBySharesState):
             own = _own_leaves(state, params)
             for leaf, value in zip(own, values(state.inner_state), strict=True):
                 result[leaf] = value
@@ -278,7 +279,7 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
             for name, values in _OF_LEAVES.items():
                 for leaf, value in _values_of_leaves(state, params, values):
                     result[f"{prefix}{name}/{paths[leaf]}"] = value
-        if params is not None and isinstance(state.inner_state, AllocationState):
+        if params is not None and isinstance(state.inner_state, ScaleBySharesState):
             factors = zip(_own_leaves(state, params), mean_factors(state.inner_state), strict=True)
             for leaf, factor in factors:
                 result[f"{prefix}factor_std/{paths[leaf]}"] = jnp.std(factor)

@@ -3,25 +3,27 @@
 Every parameter tensor i = 1..K draws its learning rate from one Dirichlet,
 
     gamma_i ~ Gamma(alpha_i, 1),   pi_i = gamma_i / sum_j gamma_j
-    lr_i    = min_rate + (rate_budget - min_rate) * pi_i
+    lr_i    = lr_min + (lr_max - lr_min) * pi_i
     theta_i <- theta_i - lr_i * g_i
 
 and the concentrations follow the gradient of the next loss through the draw,
 
-    dL/dalpha_j = (rate_budget - min_rate) * (dlog gamma_j/dalpha_j) * pi_j * (h_j - sum_k pi_k h_k),
+    dL/dalpha_j = (lr_max - lr_min) * (dlog gamma_j/dalpha_j) * pi_j * (h_j - sum_k pi_k h_k),
     h_i         = dL/dlr_i = -< g_{t+1,i}, g_{t,i} >
     m     <- b1 * m + (1 - b1) * dL/dalpha
     v     <- b2 * v + (1 - b2) * (dL/dalpha)^2
     alpha <- clip(alpha - eta * m_hat / (sqrt(v_hat) + eps), 0.1, 10).
 
-sum_i pi_i = 1 holds the mean rate at min_rate + (rate_budget - min_rate) / K: this DART shares a
-budget out between tensors, it does not learn how much to spend. :func:`dartax.dart` does.
+The arguments are named as those of :func:`dartax.dart`: alpha is ``concentration``, lr_min
+``min_rate`` and lr_max ``rate_budget``.
+
+sum_i pi_i = 1 fixes the mean rate at lr_min + (lr_max - lr_min) / K. This DART shares a budget out
+between tensors; it does not learn how much to spend. :func:`dartax.dart` does.
 
 Reference: `DART-Optimizer <https://github.com/mdelriolanse/DART-Optimizer>`_, README and
 ``dartopt/optim/dart.py``.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -29,10 +31,10 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
-from dartax._blocks import Blocks
-from dartax._guarded import decayed_weights
-from dartax._thinning import Thinning
+from dartax._blocks import Labels
+from dartax._fused._fusable import decayed_weights
 from dartax._transform import (
+    Implementation,
     Moments,
     Number,
     Rule,
@@ -46,14 +48,13 @@ from dartax._transform import (
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0
 # The published decays of the two moments.
-BETAS = (0.9, 0.999)
+B1, B2 = 0.9, 0.999
 
 
 def paper_rule(
-    alpha: Number, budget: Number, eta: Number, betas: tuple[Number, Number], eps: Number
+    alpha: Number, budget: Number, eta: Number, b1: Number, b2: Number, eps: Number
 ) -> Rule:
-    """Adam on alpha itself; ``budget`` is rate_budget - min_rate."""
-    b1, b2 = betas
+    """Adam on alpha itself; ``budget`` is lr_max - lr_min."""
 
     def learn(concentration, draw, h, moments, context):
         gradient = f32(budget) * concentration_gradient(draw, concentration, h)
@@ -67,47 +68,54 @@ def paper_rule(
     return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn, of_log=False)
 
 
+@_check.renamed(lr_min="min_rate", lr_max="rate_budget", alpha="concentration", betas="b1 and b2")
 def paper_dart(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    *,
     min_rate: Number = 1e-6,
     rate_budget: Number = 1e-1,
-    alpha: Number = 1.0,
-    betas: tuple[Number, Number] = BETAS,
+    concentration: Number = 1.0,
+    eta: Number = 0.01,
+    b1: Number = B1,
+    b2: Number = B2,
     eps: Number = 1e-8,
     weight_decay: Number = 0.0,
-    *,
-    eta: Number = 0.01,
-    learning_rate: optax.ScalarOrSchedule = 1.0,
     mask: Any = None,
-    blocks: Blocks = None,
+    blocks: Labels = None,
     key: jax.Array | int = 0,
+    implementation: Implementation = "fused",
 ) -> optax.GradientTransformationExtraArgs:
     """The published DART, with concentrations that learn.
 
-    Names and defaults are those of the PyTorch original. Its ``lr``, which its code never
-    reads, is left out.
+    The defaults are those of the PyTorch original. Its ``lr``, which its code never reads, is left
+    out.
 
     Args:
-      min_rate: Lower end of the learning rates, positive and below ``rate_budget``.
-      rate_budget: Upper end of the learning rates: the budget that the blocks share.
-      alpha: First concentration of every block, in [0.1, 10].
-      betas: Decays of the two moments of the concentration gradient, each in [0, 1).
-      eps: Added to the root of the second moment, positive.
-      weight_decay: L2 coefficient; ``weight_decay * params`` joins the gradient.
-      eta: Step size of the concentrations, non-negative; 0 freezes them, which is how the
-        published code behaves.
       learning_rate: Float or optax schedule that multiplies the learned rates.
+      min_rate: Lower end of the rates, positive and below ``rate_budget``.
+      rate_budget: Upper end of the rates: the budget that the blocks share.
+      concentration: First concentration of every block, in [0.1, 10].
+      eta: Step size of the concentrations, non-negative. 0 freezes them, which is what the
+        published code does.
+      b1: Decay of the first moment of the concentration gradient, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Added to the root of the second moment, positive.
+      weight_decay: L2 coefficient; ``weight_decay * params`` is added to the gradient.
       mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
         label. Leaves with equal labels share a rate. One block per leaf by default. (With one
-        per element the published budget leaves ``rate_budget / K`` to each: see :func:`dartax.dart`.)
+        per element, the published budget leaves ``rate_budget / K`` to each: see
+        :func:`dartax.dart`.)
       key: Seed of the draws, an int or a JAX key of any kind.
+      implementation: ``"fused"``, or ``"plain"``, the readable form; see
+        :func:`dartax.scale_by_dart`.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose updates are to be added.
 
     Raises:
       ValueError: If a number is outside its range.
-      TypeError: If an argument has the wrong type.
+      TypeError: If an argument has the wrong type, or an old name.
 
     Examples:
       >>> import dartax, jax, jax.numpy as jnp, optax
@@ -131,44 +139,45 @@ def paper_dart(
          ``Gamma(a, 1) = a * Gamma(1, 1)`` holds only for a = 1.
       3. ``h`` is the hypergradient, known one step later; the code averages the parameters'
          gradient instead, and crashes where it does.
-      4. A step with a non-finite gradient, or one so large that its inner product with the last
-         one, or the square of that, leaves float32, is skipped: the updates are zero, and the
+      4. A step is skipped if its gradient is not finite, its squared norm overflows float32, or the
+         square of its inner product with the last gradient does. The updates are zero, and the
          state keeps all but its counters ``count`` and ``skipped``.
     """
     positive = lambda v: v > 0  # noqa: E731
+    _check.schedule("learning_rate", learning_rate)
     _check.number("min_rate", min_rate, "a positive number", positive, "the original's is 1e-6")
-    _check.number("rate_budget", rate_budget, "a positive number", positive, "the original's is 1e-1")
+    _check.number(
+        "rate_budget", rate_budget, "a positive number", positive, "the original's is 1e-1"
+    )
     _check.below("min_rate", min_rate, "rate_budget", rate_budget)
     _check.number(
-        "alpha",
-        alpha,
+        "concentration",
+        concentration,
         f"a number in [{MIN_ALPHA}, {MAX_ALPHA:g}]",
         lambda v: MIN_ALPHA <= v <= MAX_ALPHA,
         "the original's is 1.0",
     )
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers, got {betas!r}; pass (0.9, 0.999).")
-    _check.decay("betas[0]", betas[0])
-    _check.decay("betas[1]", betas[1])
+    _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
+    _check.decay("b1", b1)
+    _check.decay("b2", b2)
     _check.number("eps", eps, "a positive number", positive, "the original's is 1e-8")
     _check.weight_decay(weight_decay)
     _check.mask(mask)
-    _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
-    _check.schedule("learning_rate", learning_rate)
     _check.blocks(blocks, ("tensor",))
     return optax.chain(
         decayed_weights(weight_decay, mask),
         scale_by_dirichlet(
-            paper_rule(alpha, rate_budget - min_rate, eta, (betas[0], betas[1]), eps),
+            paper_rule(concentration, rate_budget - min_rate, eta, b1, b2, eps),
             optax.identity(),
             learning_rate=learning_rate,
             min_rate=min_rate,
             rate_budget=rate_budget,
             memory_decay=0.0,
-            blocks=blocks,
-            key=key,
             memory_dtype=jnp.float32,
-            thinning=Thinning(math.inf),
+            whole_memory=True,
+            labels=blocks,
+            key=key,
+            implementation=implementation,
         ),
         optax.scale(-1.0),
     )

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dartax._blocks import BlockIndex, PyTree
+from dartax._blocks import PyTree
 
 # Layout of the state below.
-VERSION = 7
+VERSION = 8
 
 
 class Draw(NamedTuple):
@@ -49,23 +49,23 @@ class ScaleByDartState(NamedTuple):
       count: Number of updates, int32.
       skipped: Number of updates that were skipped for a non-finite gradient, hypergradient, loss or
         schedule, int32.
-      key: Raw threefry key data, uint32 ``[2]``; the draw of an update folds ``count`` in, and
-        takes the key's place once ``count`` has come to its end, 2**31 - 1.
-        Raw, because serializers do not know typed keys.
-      block_index: Block of every parameter leaf.
+      key: Raw threefry key data, uint32 ``[2]``. Each update folds ``count`` into it for its draw.
+        Once ``count`` has reached its end, 2**31 - 1, the key of each draw replaces it. Raw,
+        because serializers do not know typed keys.
+      block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
       moments: Moving averages of its gradient.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
-        before it (``paper_dart``) or to their logarithms (``dart``), ``[K]``.
+        before it (``paper_dart``) or their logarithms (``dart``), ``[K]``.
       last_draw: The last point of the simplex and its derivative.
       last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
         first update and for a skipped one.
       last_multiplier: f_t, the value of the user's schedule at the last update.
       min_rate: Lower end of the rates at the last update.
-      rate_budget: Upper end of the rates at the last update.
-      step_memory: z, the directions (``paper_dart``) or steps (``dart``) that the next
-        gradient is compared with; a tree like the parameters, or of a sample of them.
+      rate_budget: Budget of the rates at the last update.
+      step_memory: z, the sum of past directions (``paper_dart``) or steps (``dart``) that the
+        next gradient is compared with. A tree like the parameters; of a large tensor a sample.
       inner_state: State of the inner transform.
     """
 
@@ -73,7 +73,7 @@ class ScaleByDartState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # tuples have a method of that name
     skipped: jax.Array
     key: jax.Array
-    block_index: BlockIndex
+    block_index: tuple[jax.Array, ...] | jax.Array
     concentration: jax.Array
     moments: Moments
     weight_rms: jax.Array
@@ -104,9 +104,9 @@ def check_version(state: ScaleByDartState) -> None:
 
 
 def next_key(state: ScaleByDartState, step_key: jax.Array) -> jax.Array:
-    """The key as it is, or where the count has come to its end that of the last draw.
+    """The key as it is, or that of the last draw once the count has reached its end.
 
-    The count stands still there, and would give one draw for ever.
+    The count stands still there, so the same key would give the same draw for ever.
     """
     ended = state.count == jnp.iinfo(state.count.dtype).max
     return jnp.where(ended, jax.random.key_data(step_key), state.key)

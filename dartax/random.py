@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dartax import _threefry
 
 # Coefficients [8, 7] of log V in u and v, log(x / (a + 1)) and 1 / (a + 1) mapped to [-1, 1]: the
 # fit of least greatest error (2.5e-5) to jax.lax.random_gamma_grad in float64, on a grid over a
@@ -53,9 +52,6 @@ _LOG_V = (
 # Proposals for each draw. One is accepted with probability 0.95 at a = 1 and more above: of 8e7
 # draws one finds none, and is the mode.
 _PROPOSALS = 6
-# Of so many draws all proposals are one array, which compiles in two thirds of the time; of many it
-# takes five times as long to run.
-_FEW = 1 << 12
 # What stands for a proposal that is not accepted: greater than any other.
 _REJECTED = 1e30
 
@@ -219,9 +215,7 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
     mixed from them, which costs less.
     """
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    few = a.size <= _FEW
-    generate = _threefry.bits if few else jax.random.bits
-    normal_seed, uniform_seed = generate(key, (2, *a.shape), f"uint{dtype.itemsize * 8}")
+    normal_seed, uniform_seed = jax.random.bits(key, (2, *a.shape), f"uint{dtype.itemsize * 8}")
     boosted = a < 1
     d = jnp.where(boosted, a + 1, a).astype(dtype) - dtype.type(1 / 3)
     scale = jax.lax.rsqrt(4.5 * d)
@@ -237,12 +231,7 @@ def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
         log_u = _log_uniform(_words(uniform_seed, number), dtype)
         return jnp.where((y > -1) & (log_u < 3 * d * rest), log1p, _REJECTED)
 
-    if few:
-        proposals = jax.lax.optimization_barrier(jax.vmap(propose)(normals, numbers.ravel()))
-        # Rows of one, and one reshape at the end, which XLA would move up a row at a time.
-        proposals = jnp.split(proposals, _PROPOSALS)
-    else:
-        proposals = [propose(normals[number], number) for number in range(_PROPOSALS)]
+    proposals = [propose(normals[number], number) for number in range(_PROPOSALS)]
     chosen = jnp.zeros_like(proposals[0])  # the mode, where none is accepted
     for number in reversed(range(_PROPOSALS)):  # the first that is accepted counts
         chosen = jnp.where(proposals[number] < _REJECTED, proposals[number], chosen)

@@ -1,25 +1,27 @@
 """Rates within a tensor: a second Dirichlet shares its rate out between channels or elements.
 
-The Dirichlet of ``_transform.py`` gives a tensor its rate. Each of its N channels or elements has a
-share of it, and moves with ``factor_i`` times that rate, whose mean over the tensor is 1:
+DART gives a tensor its rate. Each of its N channels or elements has a share of it, and moves with
+``factor_i`` times that rate. The mean of the factors over the tensor is 1:
 
     w ~ Dirichlet(concentration),    factor_i = N * w_i
 
-(a Dirichlet whose components are shared out by Dirichlets is a Dirichlet again, if the
-concentrations add up). With h_i = -< g_i, z_i > as there, and l'_i = d log gamma_i / d log
-concentration_i, the gradient through the draw is
+(A Dirichlet whose components are shared out by Dirichlets is a Dirichlet again, if the
+concentrations add up.) With h_i = -< g_i, z_i > over the memory z of past steps, and
+l'_i = d log gamma_i / d log concentration_i, the gradient through the draw is
 
     G_i = l'_i * h_i,    log concentration_i <- log concentration_i - STEP * m_i / sqrt(v_i)
 
-with its moments m, v: steps near STEP where every step so far should have been longer, or shorter,
-and near 0 where they disagree. Then all concentrations of the tensor are multiplied by one number,
-so that their mean stays. That what one element gains the others lose, the exact gradient has in a
-sum over all of them. Here it is left to the normalization: the elements with the steepest gradients
-would else take all there is, whatever the others ask for.
+with its moments m and v. The step is near STEP where every step so far should have been longer, or
+shorter, and near 0 where they disagree. Then all concentrations of the tensor are multiplied by one
+number that restores their mean. The exact gradient has one more term, a sum over all elements: what
+one element gains, the others lose. Here the normalization does that. With the sum, the elements
+with the steepest gradients would take everything.
 
-A draw with its derivative costs as much as Adam's step of 40 elements. Of a large tensor, a step
-therefore renews one slice after the other: its concentrations learn, its steps as many times longer
-as the slices are many, and its shares are drawn again, their sum being its mean.
+A draw with its derivative costs as much as Adam's step of 40 elements. So a step renews only one
+slice of a large tensor, and each slice in turn: its concentrations learn, with steps that are
+longer by the number of slices, and its shares are drawn again. Their sum is set to its mean.
+
+Around Adam it changes little, since Adam already scales every element by its own gradients.
 """
 
 import math
@@ -31,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax import random
+from dartax import _check, random
 from dartax._blocks import LARGEST_ROOT
-from dartax._guarded import Guarded, choose, guard
-from dartax._mesh import auto_sharded
+from dartax._fused._fusable import FusableUpdate, choose, fusable, guard
+from dartax._fused._mesh import auto_sharded
 
 PyTree = Any
 
@@ -44,11 +46,12 @@ GRANULARITIES = ("channel", "element")
 B1, B2 = 0.9, 0.99
 # Change of a log concentration per update where the gradient always has one sign.
 STEP = 0.005
-# A slice is one of so many, but no smaller than LEAST values: small tensors are renewed whole.
-SLICES, LEAST = 64, 1024
+# A tensor has at most so many slices, and a slice at least MIN_SLICE values: small tensors are
+# renewed whole.
+SLICES, MIN_SLICE = 64, 1024
 # Concentrations stay within this factor of their mean.
 RANGE = 100.0
-# Values that are learned and drawn at a time; the rest of the memory is that of Adam's step.
+# Values that are learned and drawn at a time.
 ROW = 1 << 16
 
 
@@ -61,7 +64,7 @@ class Shares(NamedTuple):
       within_concentration: Of the Dirichlet of every tensor.
       within_mu: First moment of the gradient of its logarithm.
       within_nu: Second moment.
-      within_factor: What the rate of the tensor is multiplied with; 1 on the mean.
+      within_factor: What multiplies the rate of the tensor; 1 on average.
       within_derivative: d log gamma / d log concentration of the last draw.
     """
 
@@ -72,8 +75,8 @@ class Shares(NamedTuple):
     within_derivative: Any
 
 
-class AllocationState(NamedTuple):
-    """State of a shared-out transform.
+class ScaleBySharesState(NamedTuple):
+    """State of :func:`scale_by_shares`.
 
     Attributes:
       allocation_count: Number of renewals, int32.
@@ -104,7 +107,7 @@ class Slice(NamedTuple):
         shape = shape or (1,)
         axis = int(np.argmax(shape))
         others = max(math.prod(shape) // max(shape[axis], 1), 1)
-        length = max(math.ceil(shape[axis] / SLICES), math.ceil(LEAST / others))
+        length = max(math.ceil(shape[axis] / SLICES), math.ceil(MIN_SLICE / others))
         return cls(shape, axis, min(length, shape[axis]))
 
     @property
@@ -242,12 +245,12 @@ def in_rows(function: Any, length: int, *vectors: PyTree) -> PyTree:
 
 
 def renew(
-    state: AllocationState,
+    state: ScaleBySharesState,
     gradient: PyTree,
     memory: PyTree,
     concentration: Any,
     finite: jax.Array,
-) -> AllocationState:
+) -> ScaleBySharesState:
     """One turn: the slices learn from their hypergradients and are drawn again.
 
     Args:
@@ -306,11 +309,45 @@ def renew(
     )
 
 
-def allocate(
-    inner: optax.GradientTransformation, granularity: str, concentration: Any, key: Any
-) -> Guarded:
-    """The directions of ``inner``, each channel or element times its factor."""
-    inner = inner if isinstance(inner, Guarded) else guard(inner)
+def scale_by_shares(
+    inner: optax.GradientTransformation,
+    granularity: str,
+    *,
+    concentration: Any = 10.0,
+    key: jax.Array | int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """The directions of ``inner``, each channel or element times its factor.
+
+    For ``dart(inner=...)``, which passes the memory of past steps as ``step_memory``.
+    ``dart(blocks="channel")`` and ``dart(blocks="element")`` put it around their inner transform.
+
+    Args:
+      inner: Gives the directions; does not flip the sign.
+      granularity: ``"channel"``, the indices of the last axis, or ``"element"``.
+      concentration: Mean concentration of a tensor's channels or elements, positive.
+      key: Seed of the draws, an int or a JAX key of any kind.
+
+    Returns:
+      A transform with state ``ScaleBySharesState``: 20 bytes per channel or element beside the
+      state of ``inner``.
+
+    Raises:
+      ValueError: If ``granularity`` is another, a number is outside its range, or ``update`` gets
+        no memory of whole tensors.
+      TypeError: If an argument has the wrong type.
+
+    Examples:
+      >>> import dartax
+      >>> shared = dartax.contrib.scale_by_shares(dartax.inner.adam(), "channel")
+      >>> optimizer = dartax.dart(inner=shared)
+    """
+    _check.transformation("inner", inner)
+    _check.one_of("granularity", granularity, GRANULARITIES)
+    positive = lambda v: v > 0  # noqa: E731
+    _check.number("concentration", concentration, "a positive number", positive, "10.0 is usual")
+    random.check_key(key)
+    inner = inner if fusable(inner) else guard(inner)
+    inner_update: Any = fusable(inner)
 
     def init_fn(params):
         def full(value):
@@ -323,7 +360,7 @@ def allocate(
 
         # A stream of its own beside that of the tensors, which the same key begins.
         stream = jax.random.fold_in(random.threefry_key(key), 1)
-        return AllocationState(
+        return ScaleBySharesState(
             allocation_count=jnp.zeros([], jnp.int32),
             allocation_key=jnp.array(jax.random.key_data(stream)),
             shares=Shares(full(concentration), full(0.0), full(0.0), full(1.0), full(0.0)),
@@ -333,48 +370,57 @@ def allocate(
     def times(direction, factor):
         return (factor * direction.astype(jnp.float32)).astype(direction.dtype)
 
-    def update_fn(updates, state, params=None, *, finite=True, memory, grad=None, **extra_args):
+    def update_fn(
+        updates, state, params=None, *, finite=True, step_memory=None, grad=None, **extra_args
+    ):
         gradient = updates if grad is None else grad
+        if jax.tree.map(jnp.shape, step_memory) != jax.tree.map(jnp.shape, gradient):
+            raise ValueError(
+                "step_memory must have the shapes of the gradient, got "
+                f"{jax.tree.map(jnp.shape, step_memory)}; pass scale_by_shares as it is to "
+                "dartax.dart(inner=...), and other transforms as its own inner."
+            )
         finite = jnp.asarray(finite)
         new = auto_sharded(
             renew,
             state._replace(inner_state=()),
             gradient,
-            memory,
+            step_memory,
             jnp.asarray(concentration, jnp.float32),
             finite,
         )
-        direction, inner_state = inner.update(
+        direction, inner_state = inner_update(
             updates, state.inner_state, params, finite=finite, **extra_args
         )
         direction = jax.tree.map(times, direction, new.shares.within_factor)
         return direction, new._replace(inner_state=inner_state)
 
-    def again(state, params, part):
-        direction = inner.again(state.inner_state, params, part)
+    def again(updates, state, params, finite, part):
+        direction = inner_update.again(updates, state.inner_state, params, finite, part)
         return jax.tree.map(times, direction, part(state.shares.within_factor))
 
-    return Guarded.make(
-        init_fn,
+    update = FusableUpdate(
         update_fn,
         again,
-        reads_params=inner.reads_params,
-        always_finite=inner.always_finite,
+        reads_params=inner_update.reads_params,
+        always_finite=inner_update.always_finite,
+        whole_memory=True,
     )
+    return optax.GradientTransformationExtraArgs(init_fn, update)
 
 
-def used_factors(state: AllocationState) -> list[jax.Array]:
+def used_factors(state: ScaleBySharesState) -> list[jax.Array]:
     """What the rates of the leaves were multiplied with at the last update."""
     return jax.tree.leaves(state.shares.within_factor)
 
 
-def mean_factors(state: AllocationState) -> list[jax.Array]:
+def mean_factors(state: ScaleBySharesState) -> list[jax.Array]:
     """Mean of the factors under their Dirichlet."""
     leaves = jax.tree.leaves(state.shares.within_concentration)
     return [leaf / jnp.mean(leaf) for leaf in leaves]
 
 
-def factor_variances(state: AllocationState) -> list[jax.Array]:
+def factor_variances(state: ScaleBySharesState) -> list[jax.Array]:
     """Variance of the factors under their Dirichlet."""
     leaves = jax.tree.leaves(state.shares.within_concentration)
     pairs = [(leaf / jnp.mean(leaf), leaf, jnp.sum(leaf)) for leaf in leaves]

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dartax._siblings import SMALL, siblings
+from dartax._fused._mesh import is_split
+from dartax._fused._siblings import LAUNCH_BOUND, siblings
 
 Term = Callable[..., jax.Array]
 
@@ -47,7 +48,7 @@ def together(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
         group = [rows[place] for place in places]
         first = group[0][0]
         axes = tuple(range(1, first.ndim + 1))
-        if first.size <= SMALL or first.ndim < 2:
+        if first.size <= LAUNCH_BOUND or first.ndim < 2:
             found.append(_sum(term, axes, *map(_stack, zip(*group, strict=True))))
         else:
             ours, *others = zip(*group, strict=True)
@@ -68,8 +69,8 @@ def sums(term: Term, *columns: Sequence[jax.Array]) -> jax.Array:
     """
     if not columns[0]:
         return jnp.zeros(0, jnp.float32)
-    # What lies on several devices may have to be moved to lie together.
-    if jax.device_count() > 1:
+    # Arrays on several devices would be moved to lie together.
+    if is_split(columns):
         return one_by_one(term, *columns)
     return jax.lax.platform_dependent(
         *columns,

@@ -1,13 +1,31 @@
-"""Computations that need not know how their arrays are split over an explicit mesh."""
+"""Whether arrays are split over several devices, and computations that need not know how."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 PyTree = Any
+
+
+def is_split(tree: PyTree) -> bool:
+    """Whether any array may be split over several devices: whether it has a mesh of several.
+
+    Under ``jax.jit`` the arrays of an automatic mesh do not tell along which axes they are split,
+    so one that is the same on all devices counts as well. Inside ``jax.shard_map``, whose axes are
+    manual, an array lies on one device.
+    """
+
+    def split(leaf):
+        mesh = jax.typeof(leaf).sharding.mesh
+        return any(
+            size > 1 and kind != AxisType.Manual
+            for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+        )
+
+    return any(map(split, jax.tree.leaves(tree)))
 
 
 def _divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
@@ -28,8 +46,8 @@ def auto_sharded(
 ) -> PyTree:
     """``function(*arguments)``, a tree like the first of them, on any mesh.
 
-    An explicit mesh asks of every slice and reshape where its result shall lie. Here XLA chooses,
-    and only the result lies where its argument does, as far as the mesh divides it.
+    An explicit mesh asks of every slice and reshape where its result is to lie. Here XLA chooses,
+    and only the result is placed: where its argument lies, as far as the mesh divides it.
 
     Args:
       function: Of arrays, to a tree with the structure of the first argument.

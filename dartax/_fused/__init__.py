@@ -1,0 +1,154 @@
+"""The step of ``dartax/_plain.py`` in less time and memory: the only place that knows of XLA.
+
+It has the same functions, with the same results to rounding, but that the memory holds a sample of
+each large tensor (``_sample.py``). What it does beyond the formulas stands in a file for each idea,
+with the figure that it gains and the command that shows it:
+
+    _fusable.py   inner transforms that skip a step by themselves, and give a part of their
+                  direction again
+    _sample.py    a sample of each large tensor stands for all of it in the memory
+    _order.py     leaf after leaf on a CPU, and parameters overwritten in place
+    _sums.py      inner products of many tensors in a few kernels on a GPU
+    _siblings.py  small arrays in one kernel on a GPU
+    _mesh.py      arrays that are split over devices
+"""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dartax import _plain
+from dartax._blocks import Blocks, PyTree
+from dartax._fused._fusable import choose, fusable, zero_unless
+from dartax._fused._order import ReadBefore, after_reading, read_before
+from dartax._fused._sample import part_like, sample_shape, take_samples
+from dartax._fused._siblings import LAUNCH_BOUND
+from dartax._fused._sums import sums
+
+memory_shape = sample_shape
+# Leaves of one shape are traced once.
+_accumulate, _scale = jax.jit(_plain.accumulate), jax.jit(_plain.scale)
+
+
+class Remembered(NamedTuple):
+    """What of a direction goes into the memory, and the parameters that it was computed from."""
+
+    part: PyTree
+    before: ReadBefore | None
+
+
+def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
+    """The memory before the first step: of large tensors a sample, unless ``whole``."""
+
+    def sampled(leaf):
+        large = not whole and sample_shape(jnp.shape(leaf)) != jnp.shape(leaf)
+        return take_samples([leaf])[0] if large else leaf
+
+    # zeros_like, so that the memory lies where the parameters lie.
+    return _plain.empty_memory(jax.tree.map(sampled, params), dtype)
+
+
+def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """See :func:`dartax._plain.judge`."""
+    # The barrier: what reads the memory here and what adds to it later would share a float32 copy.
+    memory = jax.lax.optimization_barrier(memory)
+    whole, part = jax.tree.leaves(gradient), jax.tree.leaves(part_like(memory, gradient))
+    dots = sums(operator.mul, part, jax.tree.leaves(memory))
+    sizes = [jnp.size(x) / max(jnp.size(y), 1) for x, y in zip(whole, part, strict=True)]
+    if any(size != 1 for size in sizes):
+        dots *= np.array(sizes, np.float32)
+    h, squares = (per_block(x, blocks) for x in (-dots, sums(jnp.square, whole)))
+    return h, jnp.isfinite(h) & jnp.isfinite(squares)
+
+
+def directions(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    inner_state: PyTree,
+    params: PyTree,
+    finite: jax.Array,
+    *,
+    step_memory: PyTree,
+    **extra_args: Any,
+) -> tuple[PyTree, Remembered, PyTree]:
+    """See :func:`dartax._plain.directions`; a part of the direction goes into the memory."""
+    extra_args["step_memory"] = step_memory
+    update = fusable(inner)
+    if update is None:
+        direction, new_state = inner.update(updates, inner_state, params, **extra_args)
+        direction = zero_unless(finite, direction)
+        part = part_like(step_memory, direction)
+        return direction, Remembered(part, None), select(finite, new_state, inner_state)
+    direction, inner_state = update(updates, inner_state, params, finite=finite, **extra_args)
+    before = read_before(params, step_memory) if update.reads_params else None
+
+    def part_of(tree):
+        return before.part if before and tree is params else part_like(step_memory, tree)
+
+    part = update.again(updates, inner_state, params, finite, part_of)
+    if not update.always_finite:
+        direction, part = zero_unless(finite, direction), zero_unless(finite, part)
+    return direction, Remembered(part, before), inner_state
+
+
+def move(
+    direction: PyTree,
+    remembered: Remembered,
+    memory: PyTree,
+    rates: jax.Array,
+    weights: jax.Array,
+    keep: jax.Array,
+    blocks: Blocks,
+) -> tuple[PyTree, PyTree]:
+    """See :func:`dartax._plain.move`."""
+    structure: Any = jax.tree.structure(memory)
+    sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(direction)]
+    rows = [
+        _scalars(index, (rates, weights, keep), size > LAUNCH_BOUND)
+        for index, size in zip(blocks.index, sizes, strict=True)
+    ]
+    leaf_rates, leaf_weights, leaf_keep = (
+        jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(3)
+    )
+    memory = jax.tree.map(_accumulate, memory, remembered.part, leaf_weights, leaf_keep)
+    if remembered.before is not None:
+        leaf_rates = after_reading(leaf_rates, remembered.before, memory)
+    return jax.tree.map(_scale, direction, leaf_rates), memory
+
+
+def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """See :func:`dartax._plain.select`."""
+    return jax.tree.map(lambda n, o: choose(finite, n, o), new, old)
+
+
+def per_block(of_leaves: jax.Array, blocks: Blocks) -> jax.Array:
+    """See :func:`dartax._plain.per_block`; nothing to sum where every leaf is a block."""
+    if blocks.count == len(blocks.of_leaf):
+        return of_leaves
+    return _plain.per_block(of_leaves, blocks)
+
+
+@jax.jit
+def _own(values: Any) -> Any:
+    return jax.lax.optimization_barrier(values)
+
+
+@jax.jit
+def _pick(index: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice(value, [index], [1]).reshape(()) for value in values]
+
+
+def _scalars(index: jax.Array, values: tuple[jax.Array, ...], large: bool) -> list[jax.Array]:
+    """The values of one block, for a leaf.
+
+    The index is an argument of the program. A constant would make every leaf's kernels a program
+    of their own: compilation would take 1.6 times as long with 24 tensors and twice as long with
+    148 (``dartax bench --sizes 1e7x24 124e6x148``).
+    """
+    # On a GPU common values make siblings of the kernels that read them. That is right for small
+    # leaves; what XLA tears apart for it is read twice, so a large leaf has values of its own.
+    return _pick(*(_own((index, values)) if large else (index, values)))

@@ -1,0 +1,149 @@
+"""Inner transforms that fuse with the step around them.
+
+Any optax transform can give the directions. With one that is not known better, a step that may be
+skipped has to hold the old inner state beside the new one, and the direction, which both the
+updates and the memory read, is written out and read twice. A *fusable* transform skips a step by
+itself, and can compute a part of its direction again from its new state.
+
+Gain: a step of 10 M parameters in 24 tensors takes 1.2 times as long as AdamW's in place of 2.7
+(``dartax bench --optimizers dart dart_optax_adam``).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FusableUpdate:
+    """The ``update`` function of a fusable transform.
+
+    It is the update function itself that knows more, so a transform keeps its abilities wherever
+    its two functions are kept: through ``jax.tree.map``, ``_replace`` or unpacking.
+    ``optax.chain`` makes a new update function, so a chain is not fusable.
+
+    Attributes:
+      update: An optax update function that takes ``finite=`` as well, a bool scalar. Where it is
+        false the state stays as it was, and the direction is finite if ``always_finite``.
+      again: From (updates, state, params, finite, part) to a part of the direction that the update
+        which returned ``state`` gave. ``part`` takes it from any tree like the parameters.
+      reads_params: Whether ``again`` needs the parameters.
+      always_finite: Whether the direction of a skipped step is finite.
+      whole_memory: Whether the memory that ``update`` gets as ``step_memory=`` has to hold all of
+        large tensors, not samples.
+    """
+
+    update: Callable[..., tuple[PyTree, PyTree]]
+    again: Callable[[PyTree, PyTree, PyTree, jax.Array, Callable[[PyTree], PyTree]], PyTree]
+    reads_params: bool = False
+    always_finite: bool = False
+    whole_memory: bool = False
+
+    def __call__(self, updates, state, params=None, **extra_args):
+        """Updates, as optax does."""
+        return self.update(updates, state, params, **extra_args)
+
+
+def fusable(inner: optax.GradientTransformation) -> FusableUpdate | None:
+    """What ``inner`` can do beyond optax, or ``None``."""
+    return inner.update if isinstance(inner.update, FusableUpdate) else None
+
+
+def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
+    if new is old:
+        return old
+    new, old = jnp.asarray(new), jnp.asarray(old)
+    return jax.lax.select(finite, new.astype(old.dtype), old)
+
+
+def zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
+    """``tree``, or zeros."""
+    return jax.tree.map(lambda x: jax.lax.select(finite, x, jnp.zeros_like(x)), tree)
+
+
+class GuardState(NamedTuple):
+    """State of :func:`guard`.
+
+    Attributes:
+      inner_state: State of the transform inside.
+      direction: What its last update gave.
+    """
+
+    inner_state: PyTree
+    direction: PyTree
+
+
+def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Makes any transform fusable, at the price of a copy of its last direction."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params):
+        return GuardState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
+
+    def update_fn(updates, state, params=None, *, finite=True, **extra_args):
+        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        new = GuardState(inner_state, direction)
+        choose_finite = functools.partial(choose, jnp.asarray(finite))
+        return direction, jax.tree.map(choose_finite, new, state)
+
+    def again(updates, state, params, finite, part):
+        del updates, params, finite
+        return part(state.direction)
+
+    return optax.GradientTransformationExtraArgs(init_fn, FusableUpdate(update_fn, again))
+
+
+def is_zero(weight_decay: Any) -> bool:
+    """Whether no weights decay, as far as a Python number tells."""
+    return isinstance(weight_decay, int | float) and weight_decay == 0
+
+
+def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
+    if is_zero(weight_decay):
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def with_decayed_weights(
+    inner: optax.GradientTransformation, weight_decay: Any, mask: Any
+) -> optax.GradientTransformation:
+    """``inner``, then :func:`decayed_weights`; fusable if ``inner`` is."""
+    decay = decayed_weights(weight_decay, mask)  # has no state of its own
+    inner_update = fusable(inner)
+    if inner_update is None:
+        return optax.chain(inner, decay)
+
+    def init_fn(params):
+        return inner.init(params), decay.init(params)
+
+    def update_fn(updates, state, params=None, *, finite=True, **extra_args):
+        updates, inner_state = inner_update(
+            updates, state[0], params, finite=finite, **extra_args
+        )
+        updates, decay_state = decay.update(updates, state[1], params)
+        return updates, (inner_state, decay_state)
+
+    def again(updates, state, params, finite, part):
+        # A mask that is a function is asked about the whole parameters, not about a part of them.
+        chosen = mask(params) if callable(mask) else mask
+        direction = inner_update.again(updates, state[0], params, finite, part)
+        return decayed_weights(weight_decay, chosen).update(direction, state[1], part(params))[0]
+
+    decays = not is_zero(weight_decay)
+    update = FusableUpdate(
+        update_fn,
+        again,
+        reads_params=inner_update.reads_params or decays,
+        always_finite=inner_update.always_finite and not decays,
+        whole_memory=inner_update.whole_memory,
+    )
+    return optax.GradientTransformationExtraArgs(init_fn, update)

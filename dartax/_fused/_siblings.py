@@ -1,0 +1,23 @@
+"""Arrays that a GPU computes in one kernel.
+
+Starting a kernel takes a GPU as long as computing ten thousand elements or more, so a step of many
+small kernels waits for their starts. XLA fuses kernels that compute arrays of one shape, up to its
+limit for arguments, but only siblings: those that read a common array.
+
+Gain: see ``_sums.py``, which shares its figure with these.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+# Starting a kernel takes longer than copying so many elements.
+LAUNCH_BOUND = 1 << 16
+
+
+def siblings(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """``arrays``, made to read a common array: each is multiplied by its first element, a 1."""
+    # The barrier hides that it is a 1. A common scalar makes no siblings.
+    one = jax.lax.optimization_barrier(jnp.ones(2, jnp.float32))[0]
+    return [array * one.astype(array.dtype) for array in map(jnp.asarray, arrays)]

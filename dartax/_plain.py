@@ -1,0 +1,108 @@
+"""The arithmetic of a step, as tree maps: read this to see what a step computes.
+
+``implementation="plain"`` runs it. ``dartax/_fused`` computes the same in less time and memory,
+and the tests hold the two together. For every block i, with gradient g, direction u of the inner
+transform and memory z of the past steps:
+
+    judge        h_i    = -< g_i, z_i >                      float32, over all leaves of the block
+    directions   u_i    = what the inner transform makes of the gradient
+    move         update = rate_i * u_i,     z_i <- keep_i * z_i + weight_i * u_i
+
+A step is skipped where ``finite`` is false: the inner state stays as it was, and its direction is 0.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
+
+
+def empty_memory(params: PyTree, dtype: Any, whole: bool = True) -> PyTree:
+    """The memory before the first step. It is always whole here."""
+    del whole
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
+
+
+def memory_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the memory of a parameter of this shape."""
+    return shape
+
+
+def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """The hypergradient h of every block, and whether its gradient is usable; ``[K]`` each.
+
+    Usable is a gradient without NaN or infinity whose squared norm is finite in float32.
+    """
+    g = [f32(leaf) for leaf in jax.tree.leaves(gradient)]
+    z = [f32(leaf) for leaf in jax.tree.leaves(memory)]
+    h = per_block([-jnp.vdot(*pair) for pair in zip(g, z, strict=True)], blocks)
+    squares = per_block([jnp.vdot(leaf, leaf) for leaf in g], blocks)
+    return h, jnp.isfinite(h) & jnp.isfinite(squares)
+
+
+def directions(
+    inner: optax.GradientTransformationExtraArgs,
+    updates: PyTree,
+    inner_state: PyTree,
+    params: PyTree,
+    finite: jax.Array,
+    **extra_args: Any,
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The direction, what of it goes into the memory (all of it), and the new inner state."""
+    direction, new_state = inner.update(updates, inner_state, params, **extra_args)
+    direction = select(finite, direction, jax.tree.map(jnp.zeros_like, direction))
+    return direction, direction, select(finite, new_state, inner_state)
+
+
+def move(
+    direction: PyTree,
+    remembered: PyTree,
+    memory: PyTree,
+    rates: jax.Array,
+    weights: jax.Array,
+    keep: jax.Array,
+    blocks: Blocks,
+) -> tuple[PyTree, PyTree]:
+    """The updates and the new memory; ``rates``, ``weights`` and ``keep`` are ``[K]``."""
+    block = jax.tree.unflatten(jax.tree.structure(memory), blocks.of_leaf)
+    updates = jax.tree.map(lambda u, i: scale(u, rates[i]), direction, block)
+    memory = jax.tree.map(
+        lambda z, u, i: accumulate(z, u, weights[i], keep[i]), memory, remembered, block
+    )
+    return updates, memory
+
+
+def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:
+    """``rate * direction`` in the dtype of the direction, multiplied in float32 at least."""
+    dtype = jnp.promote_types(direction.dtype, jnp.float32)
+    return (rate.astype(dtype) * direction.astype(dtype)).astype(direction.dtype)
+
+
+def accumulate(
+    memory: jax.Array, direction: jax.Array, weight: jax.Array, keep: jax.Array
+) -> jax.Array:
+    """``keep * memory + weight * direction`` in float32, in the dtype of the memory."""
+    # A larger element would make every later inner product infinite.
+    most = np.float32(min(LARGEST_ROOT, float(jnp.finfo(memory.dtype).max)))
+    return jnp.clip(keep * f32(memory) + weight * f32(direction), -most, most).astype(memory.dtype)
+
+
+def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where the step counts, ``old`` where it is skipped, in the dtypes of ``old``."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o).astype(jnp.result_type(o)), new, old)
+
+
+def per_block(of_leaves: Sequence[jax.Array], blocks: Blocks) -> jax.Array:
+    """Sums the scalars of the leaves over every block, ``[K]``."""
+    sums = jnp.zeros(blocks.count, jnp.float32)
+    return sums.at[np.array(blocks.of_leaf, int)].add(jnp.array(of_leaves, jnp.float32))
+
+
+def f32(x: jax.Array) -> jax.Array:
+    """``x`` in float32."""
+    return x.astype(jnp.float32)
