@@ -4,7 +4,6 @@ What an argument of ``dart`` can switch off needs no variant: ``concentration = 
 the means, ``memory_decay = 0`` is the one-step hypergradient.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _dart
-from dartax._thinning import LEAST, Thinning
 from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
 from dartax.inner import adam
 
@@ -88,7 +86,7 @@ def no_slack(rule: Rule) -> Rule:
 def _factory(
     change: Callable[[Rule], Rule] = lambda rule: rule,
     blocks: Callable[[str], int] | None = None,
-    least_kept: float = LEAST,
+    whole_memory: bool = False,
 ) -> Callable[..., optax.GradientTransformation]:
     """A factory with the arguments of ``dart`` that ablations need."""
 
@@ -110,10 +108,11 @@ def _factory(
             min_rate=0.0,
             rate_budget=rate_budget,
             memory_decay=memory_decay,
-            blocks=blocks,
-            key=key,
             memory_dtype="bfloat16",
-            thinning=Thinning(least_kept),
+            whole_memory=whole_memory,
+            labels=blocks,
+            key=key,
+            implementation="fused",
         )
         return optax.chain(transform, optax.scale(-1.0))
 
@@ -127,5 +126,5 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_no_ratchet": _factory(no_ratchet),
     "dart_no_slack": _factory(no_slack),
     "dart_one_rate": _factory(blocks=lambda path: 0),
-    "dart_whole_memory": _factory(least_kept=math.inf),
+    "dart_whole_memory": _factory(whole_memory=True),
 }
