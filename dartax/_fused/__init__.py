@@ -54,8 +54,9 @@ def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
 
 def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """See :func:`dartax._plain.judge`."""
-    # The barrier: what reads the memory here and what adds to it later would share a float32 copy.
-    memory = jax.lax.optimization_barrier(memory)
+    # The barrier: what is computed here and again later, such as the memory in float32 or the squares
+    # of the gradient, would be computed once, written out, and read twice.
+    gradient, memory = jax.lax.optimization_barrier((gradient, memory))
     whole, part = jax.tree.leaves(gradient), jax.tree.leaves(part_like(memory, gradient))
     dots = sums(operator.mul, part, jax.tree.leaves(memory))
     sizes = [jnp.size(x) / max(jnp.size(y), 1) for x, y in zip(whole, part, strict=True)]
