@@ -102,7 +102,9 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     return jnp.clip(limit * SMALL_STEP * rms / rate, limit, FAST_GROWTH)
 
 
-def dart_rule(concentration: Number, init_rate: Number, min_rate: Number, rate_budget: Number) -> Rule:
+def dart_rule(
+    concentration: Number, init_rate: Number, min_rate: Number, rate_budget: Number
+) -> Rule:
     """Learning in log space; the slack is the last of the K + 1 components."""
 
     def init(num_blocks):

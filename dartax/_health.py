@@ -128,7 +128,9 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
     share, min_rate = np.asarray(_share(state), float), float(state.min_rate)
     variance = np.asarray(_of_blocks(dirichlet.variance(state.concentration), state), float)
     spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
-    lift = (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf
+    lift = (
+        (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf
+    )
     s, s_long = _signals(state)
     columns = {
         "expected": _expected(state),

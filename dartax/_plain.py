@@ -33,6 +33,14 @@ def memory_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def random_words(
+    key: jax.Array, count: jax.Array, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The key of step ``count`` and random uint32 words; keys are raw threefry data, ``[2]``."""
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), count)
+    return jax.random.key_data(step_key), jax.random.bits(step_key, shape, "uint32")
+
+
 def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """The hypergradient h of every block, and whether its gradient is usable; ``[K]`` each.
 

@@ -109,4 +109,4 @@ def next_key(state: ScaleByDartState, step_key: jax.Array) -> jax.Array:
     The count stands still there, so the same key would give the same draw for ever.
     """
     ended = state.count == jnp.iinfo(state.count.dtype).max
-    return jnp.where(ended, jax.random.key_data(step_key), state.key)
+    return jnp.where(ended, step_key, state.key)

@@ -91,9 +91,14 @@ def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
     return average / (1 - f32(decay) ** f32(jnp.maximum(num, 1)))
 
 
-def draw_shares(key: jax.Array, concentration: jax.Array) -> Draw:
-    """One draw from the Dirichlet, in log space, with its implicit derivative."""
-    log_gamma = random.loggamma(key, concentration, method="fast")
+def draw_shares(words: jax.Array, concentration: jax.Array) -> Draw:
+    """One draw from the Dirichlet, in log space, with its implicit derivative.
+
+    Args:
+      words: Random bits, uint32 ``[2, C]``.
+      concentration: ``[C]``.
+    """
+    log_gamma = random.loggamma_from_words(words, concentration)
     return Draw(
         share=jax.nn.softmax(log_gamma),
         log_derivative=random.log_derivative(log_gamma, concentration),
@@ -225,9 +230,8 @@ def scale_by_dirichlet(
         )  # fmt: skip
 
         # 3. Draw the rates.
-        key = jax.random.wrap_key_data(state.key, impl="threefry2x32")
-        step_key = jax.random.fold_in(key, state.count)
-        draw = draw_shares(step_key, concentration)
+        step_key, words = step.random_words(state.key, state.count, (2, *concentration.shape))
+        draw = draw_shares(words, concentration)
         rates = low + (high - low) * draw.share[: blocks.count]
         multiplier = rate_multiplier(state.count)
 

@@ -226,7 +226,9 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
     @jax.jit
     def average(finite, g, mu, last):
         sign = choose(
-            jnp.broadcast_to(finite, g.shape), jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8), last
+            jnp.broadcast_to(finite, g.shape),
+            jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8),
+            last,
         )
         # All signs are at most 1. Reading them here puts them before the average is overwritten;
         # else XLA would keep a copy of it for them.

@@ -34,7 +34,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 # Coefficients [8, 7] of log V in u and v, log(x / (a + 1)) and 1 / (a + 1) mapped to [-1, 1]: the
 # fit of least greatest error (2.5e-5) to jax.lax.random_gamma_grad in float64, on a grid over a
 # from 1e-5 to 1e4 and x from (a + 1) / 10 to quantiles of 1e-12 from either end.
@@ -203,19 +202,19 @@ def _normal(word: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.erf_inv(jnp.clip(signed * dtype.type(2.0 ** (1 - bits)), -most, most))
 
 
-def _marsaglia_tsang(key: jax.Array, a: jax.Array) -> jax.Array:
-    """Log of Gamma(a, 1) draws, without a loop.
+def _marsaglia_tsang(words: jax.Array, a: jax.Array) -> jax.Array:
+    """Log of Gamma(a, 1) draws from two random words each, without a loop.
 
     With d = a - 1/3, y = x / sqrt(9 d) and x a normal draw, d (1 + y)^3 is a draw where
     log u < x^2 / 2 + d (1 - (1 + y)^3 + 3 log(1 + y)), u uniform. Since x^2 / 2 = 9/2 d y^2, the
     right side is 3 d r(y) with r(y) = log(1 + y) - y + y^2 / 2 - y^3 / 3, about -y^4 / 4, in
     which nothing large cancels. Below a = 1 a draw for a + 1 is multiplied by u^(1 / a).
 
-    The generator of the key is asked for two words per draw; what the proposals need more is
-    mixed from them, which costs less.
+    What the proposals need beyond two words is mixed from these, which costs less than to generate
+    them.
     """
     dtype = jnp.promote_types(a.dtype, jnp.float32)
-    normal_seed, uniform_seed = jax.random.bits(key, (2, *a.shape), f"uint{dtype.itemsize * 8}")
+    normal_seed, uniform_seed = words
     boosted = a < 1
     d = jnp.where(boosted, a + 1, a).astype(dtype) - dtype.type(1 / 3)
     scale = jax.lax.rsqrt(4.5 * d)
@@ -277,5 +276,16 @@ def loggamma(key: jax.Array | int, a: jax.Array, *, method: str = "jax") -> jax.
     if method == "jax":
         log_x = jax.random.loggamma(key, fixed, a.shape, a.dtype)
     else:
-        log_x = _marsaglia_tsang(key, fixed)
+        words = jax.random.bits(
+            key, (2, *a.shape), "uint64" if a.dtype == jnp.float64 else "uint32"
+        )
+        return loggamma_from_words(words, a)
     return _attach(log_x, a)
+
+
+def loggamma_from_words(words: jax.Array, a: jax.Array) -> jax.Array:
+    """The draws of ``loggamma(..., method="fast")`` from random words, ``[2, *a.shape]``.
+
+    Words are uint32, or uint64 where ``a`` is float64.
+    """
+    return _attach(_marsaglia_tsang(words, jax.lax.stop_gradient(a)), a)

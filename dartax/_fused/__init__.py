@@ -11,6 +11,7 @@ with the figure that it gains and the command that shows it:
     _sums.py      inner products of many tensors in a few kernels on a GPU
     _siblings.py  small arrays in one kernel on a GPU
     _mesh.py      arrays that are split over devices
+    _threefry.py  random bits that compile faster
 """
 
 import operator
@@ -28,6 +29,17 @@ from dartax._fused._order import ReadBefore, after_reading, read_before
 from dartax._fused._sample import part_like, sample_shape, take_samples
 from dartax._fused._siblings import LAUNCH_BOUND
 from dartax._fused._sums import sums
+from dartax._fused._threefry import random_words
+
+__all__ = [
+    "directions",
+    "empty_memory",
+    "judge",
+    "memory_shape",
+    "move",
+    "random_words",
+    "select",
+]
 
 memory_shape = sample_shape
 # Leaves of one shape are traced once.

@@ -126,9 +126,7 @@ def with_decayed_weights(
         return inner.init(params), decay.init(params)
 
     def update_fn(updates, state, params=None, *, finite=True, **extra_args):
-        updates, inner_state = inner_update(
-            updates, state[0], params, finite=finite, **extra_args
-        )
+        updates, inner_state = inner_update(updates, state[0], params, finite=finite, **extra_args)
         updates, decay_state = decay.update(updates, state[1], params)
         return updates, (inner_state, decay_state)
 

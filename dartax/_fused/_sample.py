@@ -141,7 +141,9 @@ def _take(samples: tuple[Sample, ...], tensors: list[jax.Array]) -> list[jax.Arr
     """One program for all of them, which ``init`` runs outside of any other."""
 
     def each(part: Callable[[Sample, jax.Array], jax.Array]):
-        return lambda tensors: siblings([part(*pair) for pair in zip(samples, tensors, strict=True)])
+        return lambda tensors: siblings(
+            [part(*pair) for pair in zip(samples, tensors, strict=True)]
+        )
 
     if is_split(tensors):
         return auto_sharded(each(Sample.take), tensors, shape=sample_shape)
