@@ -22,13 +22,13 @@ class Blocks(NamedTuple):
 
     Attributes:
       of_leaf: The block of every leaf, n ints.
-      count: K.
+      num_blocks: K.
       index: The same numbers as n uint32 scalars of the state: arguments of a compiled program.
         Without leaves one array without elements.
     """
 
     of_leaf: tuple[int, ...]
-    count: int
+    num_blocks: int
     index: Any
 
 
@@ -79,7 +79,8 @@ def check_updates(name: str, updates: PyTree, memory: PyTree, memory_shape: Shap
       memory: The memory of past steps, which holds all of a parameter or a sample of it.
       memory_shape: From the shape of a parameter to that of its sample.
     """
-    if jax.tree.structure(updates) != jax.tree.structure(memory):
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, memory)]
+    if structures[0] != structures[1]:
         got, want = (
             {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (updates, memory)

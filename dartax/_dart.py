@@ -1,35 +1,34 @@
 """Learning-rate-free DART: a Dirichlet with slack, learned in log space.
 
-The published DART (``_paper_dart.py``) shares a fixed budget out. Here the Dirichlet has one
-more component, the slack, which no block spends, so that the total is learned too. With
-a = log concentration, l' = d log gamma / da and h_i = dL/dlog pi_i over the steps inside the
-horizon, the gradient through the draw is
+The published DART (``_paper_dart.py``) shares a fixed budget out. Here the Dirichlet has one more
+component, the slack, which no block spends, so the total is learned too. With a = log concentration,
+l' = d log gamma / da, and h_i = dL/dlog pi_i over the past steps in the memory, the gradient through
+the draw is
 
     G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
     s_i = -m_i / sqrt(v_i)                                   moments of G_i + 0.3 * mean_j G_j
 
-s_i is near 1 where every step so far should have been longer, near -1 where every step should
-have been shorter. The mean is small beside the gradient of a block that matters to the loss;
-the others, such as most biases, follow it instead of their own noise. The concentrations move by
+s_i is near 1 where every step so far should have been longer, and near -1 where every step should
+have been shorter. The mean is small beside the gradient of a block that matters to the loss. The
+other blocks, such as most biases, follow it instead of their own noise. The concentrations move by
 
     a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + 0.3, 0, 1) - 0.05 * clip(-4 s_i - 3, 0, 1)
 
-with s_long the same over a longer window, and limit_i = min(0.05, 20 / t), or more where a step
-is tiny beside the weights that it changes, or where the user's schedule falls to its end within
-some hundred updates. Then all concentrations, the slack's too, are
-multiplied by one number, which leaves the mean rates alone and makes the smallest of a block
-equal ``concentration``.
+where s_long is the same over a longer window, and limit_i = min(0.05, 20 / t). The limit is higher
+where a step is tiny beside the weights that it changes, or where the user's schedule ends within a
+few hundred updates. Then all concentrations, the slack's too, are multiplied by one number. That
+leaves the mean rates alone, and makes the smallest concentration of a block equal ``concentration``.
 
-The first term grows the rates, and not only up to s = 0: there the steep directions ask for less
-already while the flat ones still ask for more, and the decay of the schedule serves the steep ones
-later. For the same reason the rates never shrink because s is a little below 0: on a noisy
+The first term grows the rates, even where s is a little below 0: there the steep directions already
+ask for less while the flat ones still ask for more, and the decay of the schedule serves the steep
+ones later. For the same reason a rate does not shrink because s is a little below 0. On a noisy
 objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2018,
-`arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), the less so the longer its horizon. The
-second term is the retreat from rates that are clearly too high. Where G_i is more than 10 times
-its root mean square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
+`arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), less so with a longer memory. The second
+term takes back rates that are clearly too high. Where G_i is more than 10 times its root mean
+square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
 
-Where a rate is taken back, the past steps in h shrink by the same factor: otherwise a few that
-went too far would be regretted, and the rate go on shrinking, long after they are mended.
+Where a rate is taken back, the past steps in h shrink by the same factor. Otherwise a few steps that
+went too far would make the rate shrink long after it was mended.
 """
 
 from typing import Any
@@ -57,23 +56,24 @@ from dartax._transform import (
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
-# Of the averages of the gradient: Adam's first moment, the long average that must agree
-# with it, and the second moment. The last is short of Adam's 0.999 because hypergradients
-# shrink by orders of magnitude as the loss falls, and would stall under their own past.
+# Decays of the gradient's averages: the first moment, the long average that has to agree with it,
+# and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of magnitude
+# as the loss falls, and would stall under their own past.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
-# The ramp: at most GROWTH per update in log space, and less than RAMP / t later on. It is the
-# warm-up too. Where the user's schedule shows a run of fewer than some 400 updates it is steeper,
-# by SPRINT times the fall of the schedule over the next 32: the run would end on it otherwise.
+# The ramp, which is also the warm-up: at most GROWTH per update in log space, and at most RAMP / t
+# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is SPRINT times
+# the fall of the schedule over the next 32: the run would end on the ramp otherwise.
 GROWTH, RAMP, SPRINT = 0.05, 20.0, 0.6
-# Where a step, of directions of size 1 as Adam's are, changes less than SMALL_STEP of the
-# weights, the ramp is steeper in proportion, up to FAST_GROWTH: from any tiny initial rate it
-# begins in earnest after some 20 updates.
+# Where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of the weights,
+# the ramp is steeper in proportion, up to FAST_GROWTH. From any tiny initial rate it begins in
+# earnest after about 20 updates.
 SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 # Weight of the mean gradient beside the block's own.
 POOL = 0.3
 # Rates grow while s is above the first and shrink where it is below the second.
 GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
-# An opposing gradient so many times its root mean square divides the rate by as much.
+# A gradient that opposes the past steps by so many times its root mean square divides the rate by
+# this.
 SURPRISE = 10.0
 # The greatest concentration of a block is at most this many times the level of the draws.
 MAX_RATIO = 1e6
@@ -91,7 +91,7 @@ def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
 
 
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
-    """How far log concentrations may grow in this update, ``[K]``."""
+    """How far the log concentrations may grow in this update, ``[K]``."""
     limit = jnp.maximum(GROWTH, SPRINT * context.fall)
     limit = jnp.minimum(limit, RAMP / (1 + f32(context.num)))
     weight_rms = context.weight_rms
@@ -166,7 +166,7 @@ def dart_rule(
         level = jnp.maximum(least, greatest / MAX_RATIO)
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
-        # Past steps count as no longer than the rate that was taken back would make them.
+        # Past steps count as if they had been as short as the new rate makes them.
         return moved, Moments(mu, nu, trend), jnp.minimum(factor, 1.0)
 
     return Rule(init, learn, of_log=True)
@@ -198,43 +198,43 @@ def scale_by_dart(
 
     The sign is kept: end a chain with ``optax.scale(-1.0)``, or use :func:`dart`.
 
-    The gradient that judges the rates is the one this transform is handed. Behind
-    transforms that change it, pass the loss's own as ``update(..., grad=gradient)``. Other
-    extra arguments go to ``inner``.
+    The gradient that judges the rates is the one this transform is given. Behind transforms that
+    change it, pass the loss's own as ``update(..., grad=gradient)``. Extra arguments go to
+    ``inner``, together with the memory of past steps as ``step_memory``.
 
     Args:
-      inner: Direction of the step, an ``optax.GradientTransformation`` that does not flip
-        the sign. ``None`` is ``dartax.inner.adam(b2=0.99)``; ``optax.identity()`` is SGD. Around
-        ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` a step costs less than around
-        those of optax, with Adam less than half.
+      inner: Gives the directions: an ``optax.GradientTransformation`` that does not flip the sign
+        of the gradient. ``None`` is ``dartax.inner.adam(b2=0.99)``; ``optax.identity()`` is SGD. A
+        step costs less around ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` than around
+        those of optax; with Adam, less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates.
-      init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K
-        blocks. From 1e-8 to 1e-4 it hardly matters: the rates grow by a factor of 10 in 5
-        updates while the steps are tiny beside the weights, and in 50 later on.
+      init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K blocks.
+        It hardly matters from 1e-8 to 1e-4: the rates grow tenfold in 5 updates while the steps are
+        tiny beside the weights, and tenfold in 50 later on.
       min_rate: Lower end of the rates, non-negative.
-      rate_budget: Budget: the rates of all blocks sum to at most this (above ``min_rate``).
-      concentration: First concentration of every block, positive. The relative standard
-        deviation of a drawn rate is about ``concentration ** -0.5``.
-      memory_decay: Decay, in [0, 1), of the memory of past steps that the next gradient is
-        compared with; 0 is the one-step hypergradient.
-      blocks: ``"tensor"`` (or ``None``): a rate for every leaf; ``"channel"``: for every index
-        of its last axis; ``"element"``: for every element. Or a pytree of labels, or a function
-        from a path such as ``"Dense_0/kernel"`` to a label: leaves with equal labels share a
-        rate. Channels and elements share out the rate of their tensor, by a second Dirichlet with
-        mean ``concentration``; they keep 20 bytes each.
-      key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal
-        need equal keys.
-      memory_dtype: Name of the dtype of the memory of past steps, 2 bytes per element of which
-        in ``bfloat16``. Of a tensor with more than 131,072 elements it holds a sample alone, 1 in
-        48, or more where that would leave fewer than 16,384 elements (but all where channels or
-        elements have rates).
+      rate_budget: What the rates of all blocks sum to at most (above ``min_rate``), positive.
+      concentration: First concentration of every block, positive. The relative standard deviation
+        of a drawn rate is about ``concentration ** -0.5``.
+      memory_decay: Decay of the memory of past steps that the next gradient is compared with, in
+        [0, 1). 0 is the one-step hypergradient.
+      blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
+        pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves
+        with equal labels share one. ``"channel"`` or ``"element"``: one for every index of a leaf's
+        last axis, or for every element, by :func:`dartax.contrib.scale_by_shares`.
+      key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal need
+        equal keys.
+      memory_dtype: Dtype of the memory of past steps, 2 bytes per element in ``bfloat16``. Of a
+        tensor of more than 131,072 elements it holds a sample: 1 in 48, but at least 16,384. With
+        rates for channels or elements it holds all.
+      implementation: ``"fused"``, or ``"plain"``: the same step in the readable tree maps of
+        ``dartax/_plain.py``, with a memory that is always whole. It is several times slower.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` with state ``ScaleByDartState``.
 
     Raises:
-      ValueError: If a number is outside its range.
-      TypeError: If an argument has the wrong type.
+      ValueError: If a number is outside its range, or, by ``init``, if ``inner`` flips the sign.
+      TypeError: If an argument has the wrong type, or an old name.
 
     Examples:
       Per-layer rates on top of the sign of the momentum:
@@ -247,12 +247,10 @@ def scale_by_dart(
       ... )
       >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
-    A step with a non-finite gradient, one so large that its inner product with past steps, or
-    the square of that, leaves float32, or a non-finite loss (where it is passed as
-    ``update(..., value=loss)``) is skipped: the updates are zero, and the state keeps all but its
-    counters ``count`` and ``skipped``. An element of 2**64 or more, whose square leaves float32,
-    leaves its moments in the default ``inner`` as they were; under another one with a state the
-    step is skipped.
+    A step is skipped if its gradient is not finite, if the squared norm of the gradient of a block
+    or the square of a hypergradient overflows float32, or if the loss is not finite, where it is
+    passed as ``update(..., value=loss)``. The updates are zero then, and the state keeps all but its
+    counters ``count`` and ``skipped``.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
@@ -310,15 +308,15 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
-    There is nothing to tune. Where the number of steps is known, pass a decay from 1 to 0 as
-    ``learning_rate``: it multiplies the learned rates, and does most for the final loss.
+    There is nothing to tune. If you know the number of steps, pass a decay from 1 to 0 as
+    ``learning_rate``: it multiplies the learned rates, and does the most for the final loss.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
-        that falls to its end within some hundred updates also makes the rates grow faster.
-      inner: Direction of the step; ``None`` is Adam. See :func:`scale_by_dart`, also for
-        all arguments that are not listed here.
-      weight_decay: Decoupled: ``weight_decay * params`` joins the direction, and takes the
+        that ends within a few hundred updates also makes the rates grow faster.
+      inner: Gives the directions; ``None`` is Adam. See :func:`scale_by_dart` for this and all
+        arguments that are not listed here.
+      weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
         learned rate of its block.
       mask: Tree of bools, or a function from params to one: where the decay applies.
 
@@ -326,8 +324,8 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
       An ``optax.GradientTransformationExtraArgs`` whose updates are to be added.
 
     Raises:
-      ValueError: If a number is outside its range.
-      TypeError: If an argument has the wrong type.
+      ValueError: If a number is outside its range, or, by ``init``, if ``inner`` flips the sign.
+      TypeError: If an argument has the wrong type, or an old name.
 
     Examples:
       >>> import dartax, jax, jax.numpy as jnp, optax

@@ -32,7 +32,7 @@ import optax
 
 from dartax import _check
 from dartax._blocks import Labels
-from dartax._fused._fusable import decayed_weights
+from dartax._fused._fusable import with_decayed_weights
 from dartax._transform import (
     Implementation,
     Moments,
@@ -165,7 +165,7 @@ def paper_dart(
     _check.mask(mask)
     _check.blocks(blocks, ("tensor",))
     return optax.chain(
-        decayed_weights(weight_decay, mask),
+        with_decayed_weights(optax.identity(), weight_decay, mask),
         scale_by_dirichlet(
             paper_rule(concentration, rate_budget - min_rate, eta, b1, b2, eps),
             optax.identity(),

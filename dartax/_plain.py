@@ -8,7 +8,7 @@ transform and memory z of the past steps:
     directions   u_i    = what the inner transform makes of the gradient
     move         update = rate_i * u_i,     z_i <- keep_i * z_i + weight_i * u_i
 
-A step is skipped where ``finite`` is false: the inner state stays as it was, and its direction is 0.
+Where ``finite`` is false the step is skipped: the inner state stays as it was, the direction is 0.
 """
 
 from collections.abc import Sequence
@@ -105,9 +105,9 @@ def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o).astype(jnp.result_type(o)), new, old)
 
 
-def per_block(of_leaves: Sequence[jax.Array], blocks: Blocks) -> jax.Array:
+def per_block(of_leaves: Sequence[jax.Array] | jax.Array, blocks: Blocks) -> jax.Array:
     """Sums the scalars of the leaves over every block, ``[K]``."""
-    sums = jnp.zeros(blocks.count, jnp.float32)
+    sums = jnp.zeros(blocks.num_blocks, jnp.float32)
     return sums.at[np.array(blocks.of_leaf, int)].add(jnp.array(of_leaves, jnp.float32))
 
 

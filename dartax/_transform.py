@@ -202,7 +202,7 @@ def scale_by_dirichlet(
         of_leaf, num_blocks = _blocks.number_blocks(state.step_memory, labels)
         _blocks.check_same_blocks(of_leaf, num_blocks, state.block_index, state.last_rates.shape[0])
         for name, tree in (("updates", updates), ("params", params), ("grad", grad)):
-            if tree is not None:
+            if tree is not None or name == "updates":
                 _blocks.check_updates(name, tree, state.step_memory, step.memory_shape)
         if value is not None:
             _check.scalar("value", value, "pass the loss")
@@ -232,7 +232,7 @@ def scale_by_dirichlet(
         # 3. Draw the rates.
         step_key, words = step.random_words(state.key, state.count, (2, *concentration.shape))
         draw = draw_shares(words, concentration)
-        rates = low + (high - low) * draw.share[: blocks.count]
+        rates = low + (high - low) * draw.share[: blocks.num_blocks]
         multiplier = rate_multiplier(state.count)
 
         # 4. Scale the directions. A skipped step has rates of 0 and leaves the memory alone, but

@@ -62,14 +62,14 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def paper_dart(
-    params, gradients, direction, draw: Draw, *, min_rate=1e-6, rate_budget=0.1, alpha=1.0,
-    betas=(0.9, 0.999), eps=1e-8, eta=0.01, weight_decay=0.0,
+    params, gradients, direction, draw: Draw, *, min_rate=1e-6, rate_budget=0.1, concentration=1.0,
+    b1=0.9, b2=0.999, eps=1e-8, eta=0.01, weight_decay=0.0,
 ):  # fmt: skip
     """The published formula, component by component; yields params, concentrations, rates."""
     names = sorted(params)
     K = len(names)
     params = {name: np.array(params[name], float) for name in names}
-    a, m, v = np.full(K, alpha), np.zeros(K), np.zeros(K)
+    a, m, v = np.full(K, concentration), np.zeros(K), np.zeros(K)
     last = pi = l = None
     for t, gradient_of in enumerate(gradients):
         g = gradient_of(params)
@@ -79,9 +79,9 @@ def paper_dart(
             for j in range(K):
                 mean_h = sum(pi[k] * h[k] for k in range(K))
                 grad = (rate_budget - min_rate) * l[j] / a[j] * pi[j] * (h[j] - mean_h)
-                m[j] = betas[0] * m[j] + (1 - betas[0]) * grad
-                v[j] = betas[1] * v[j] + (1 - betas[1]) * grad**2
-            m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+                m[j] = b1 * m[j] + (1 - b1) * grad
+                v[j] = b2 * v[j] + (1 - b2) * grad**2
+            m_hat, v_hat = m / (1 - b1 ** t), v / (1 - b2 ** t)
             a = np.clip(a - eta * m_hat / (np.sqrt(v_hat) + eps), 0.1, 10.0)
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)

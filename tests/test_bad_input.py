@@ -86,10 +86,12 @@ def test_dart_arguments(arguments, error, match):
         ({"min_rate": 0.0}, ValueError, "min_rate must be a positive number, got 0.0"),
         ({"min_rate": 0.1, "rate_budget": 0.1}, ValueError, "min_rate must be below rate_budget, got min_rate=0.1 and rate_budget=0.1"),
         ({"rate_budget": "big"}, TypeError, "rate_budget must be a positive number, got 'big'"),
-        ({"alpha": 0.01}, ValueError, r"alpha must be a number in \[0.1, 10\], got 0.01"),
-        ({"alpha": NAN}, ValueError, "alpha must be .* got nan"),
-        ({"betas": 0.9}, TypeError, "betas must be a pair of numbers, got 0.9"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be a number in \[0, 1\), got 1.0"),
+        ({"concentration": 0.01}, ValueError, r"concentration must be a number in \[0.1, 10\], got 0.01"),
+        ({"concentration": NAN}, ValueError, "concentration must be .* got nan"),
+        ({"b2": 1.0}, ValueError, r"b2 must be a number in \[0, 1\), got 1.0"),
+        ({"b1": "a"}, TypeError, r"b1 must be a number in \[0, 1\), got 'a'"),
+        ({"b1": -0.1}, ValueError, r"b1 must be a number in \[0, 1\), got -0.1"),
+        ({"implementation": "slow"}, ValueError, "implementation must be 'fused' or 'plain', got 'slow'; pass 'fused'"),
         ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
         ({"eta": -0.01}, ValueError, "eta must be a non-negative number, got -0.01"),
         ({"weight_decay": NAN}, ValueError, "weight_decay must be .* got nan"),
@@ -97,10 +99,7 @@ def test_dart_arguments(arguments, error, match):
         ({"min_rate": 0.2}, ValueError, "min_rate must be below rate_budget, got min_rate=0.2 and rate_budget=0.1"),
         ({"rate_budget": float("inf")}, ValueError, "rate_budget must be a positive number, got inf"),
         ({"rate_budget": jnp.ones(2)}, ValueError, r"rate_budget must be a positive number, got shape \(2,\)"),
-        ({"alpha": 11.0}, ValueError, r"alpha must be a number in \[0.1, 10\], got 11.0"),
-        ({"betas": (0.9, 0.9, 0.9)}, TypeError, r"betas must be a pair of numbers, got \(0.9, 0.9, 0.9\)"),
-        ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number in \[0, 1\), got 'a'"),
-        ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be a number in \[0, 1\), got -0.1"),
+        ({"concentration": 11.0}, ValueError, r"concentration must be a number in \[0.1, 10\], got 11.0"),
         ({"eps": NAN}, ValueError, "eps must be a positive number, got nan"),
         ({"eta": None}, TypeError, "eta must be a non-negative number, got None"),
         ({"eta": NAN}, ValueError, "eta must be a non-negative number, got nan"),
@@ -111,6 +110,70 @@ def test_paper_dart_arguments(arguments, error, match):
     with pytest.raises(error, match=match) as caught:
         dartax.paper_dart(**arguments)
     sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("make", "old", "new"),
+    [
+        (dartax.dart, "horizon", "memory_decay"),
+        (dartax.dart, "max_rate", "rate_budget"),
+        (dartax.dart, "direction_dtype", "memory_dtype"),
+        (dartax.scale_by_dart, "horizon", "memory_decay"),
+        (dartax.paper_dart, "lr_min", "min_rate"),
+        (dartax.paper_dart, "lr_max", "rate_budget"),
+        (dartax.paper_dart, "alpha", "concentration"),
+        (dartax.paper_dart, "betas", "b1 and b2"),
+    ],
+)
+def test_old_names_are_refused_with_the_new_ones(make, old, new):
+    with pytest.raises(TypeError, match=f"{old} must .* got {old}=0.5; pass {new}.") as caught:
+        make(**{old: 0.5})
+    sentence(caught)
+
+
+WHOLE_OPTIMIZERS = {
+    "adam": optax.adam(1e-3),
+    "sgd": optax.sgd(0.1),
+    "adamw": optax.adamw(1e-3, weight_decay=10.0),
+    "schedule": optax.adam(optax.linear_schedule(1.0, 0.0, 10)),
+    "lion": optax.lion(1e-3),
+    "noisy": optax.noisy_sgd(0.1, eta=100.0, key=0),
+    "dart": dartax.dart(),
+}
+DIRECTIONS = {
+    "decay alone": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1e3)),
+    "noise": optax.chain(optax.identity(), optax.add_noise(1e6, 0.55, key=0)),
+    "clip": optax.clip_by_global_norm(1e-3),
+    "trust ratio": optax.chain(optax.scale_by_adam(), optax.scale_by_trust_ratio()),
+    "factored": optax.scale_by_factored_rms(),
+    "scale_by_dart": dartax.scale_by_dart(),
+    "partition": optax.partition(
+        {"x": optax.scale_by_adam(), "y": optax.identity()}, {"w": "x", "b": "y"}
+    ),
+    "one that counts elements": optax.stateless(lambda u, p: jnp.reshape(u["w"], (2, 3)) and u),
+}
+
+
+@pytest.mark.parametrize("inner", WHOLE_OPTIMIZERS.values(), ids=WHOLE_OPTIMIZERS)
+@pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart])
+def test_a_whole_optimizer_as_inner(make, inner):
+    match = "inner must keep the sign .* optax.adam.1e-3. does; pass .* optax.scale_by_adam"
+    for init in (make(inner=inner).init, jax.jit(make(inner=inner).init)):
+        with pytest.raises(ValueError, match=match) as caught:
+            init(PARAMS)
+        sentence(caught)
+
+
+@pytest.mark.parametrize("inner", DIRECTIONS.values(), ids=DIRECTIONS)
+def test_directions_as_inner(inner):
+    optimizer = dartax.dart(inner=inner)
+    state = optimizer.init(PARAMS)
+    assert jax.tree.structure(jax.jit(optimizer.init)(PARAMS)) == jax.tree.structure(state)
+
+
+def test_an_inner_transform_that_depends_on_a_traced_value():
+    make = optax.inject_hyperparams(lambda eps: dartax.dart(inner=optax.scale_by_adam(eps=eps)))
+    assert jax.jit(make(eps=1e-6).init)(PARAMS).hyperparams["eps"] == np.float32(1e-6)
 
 
 @pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart, dartax.paper_dart])
@@ -255,7 +318,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 7, got 1 .* call init"
+            ValueError, match="state must have version 8, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

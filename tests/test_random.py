@@ -83,20 +83,6 @@ def test_fast_draws_are_independent():
         assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(first.size)
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (3, 2)])
-def test_few_draws_are_those_of_the_program_for_many(shape, monkeypatch):
-    a = jnp.exp(jax.random.uniform(jax.random.key(0), shape, minval=-5.0, maxval=9.0))
-    keys = jax.random.split(jax.random.key(1), 40)
-    few_fn, many_fn = (
-        jax.jit(lambda key: random.loggamma(key, a, method="fast")) for _ in range(2)
-    )
-    few = [few_fn(key) for key in keys]
-    monkeypatch.setattr(random, "_FEW", -1)
-    many = [many_fn(key) for key in keys]
-    chex.assert_trees_all_close(few, many, rtol=1e-6, atol=1e-6)
-    assert len(np.unique(few)) > 35
-
-
 @pytest.mark.parametrize("a", [1e-4, 1e-2, 1.0, 20.0, 300.0])
 def test_log_derivative_has_no_seam(a):
     # Where the series and the polynomial meet, at x near (a + 1) / 10.

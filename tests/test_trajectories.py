@@ -10,7 +10,8 @@ import pytest
 import reference
 
 import dartax
-from dartax import _dart, _thinning, random
+from dartax import random
+from dartax._fused import _sample
 
 STEPS = 50
 SHAPES = {"a": (3,), "b": (2, 2), "c": (4,)}
@@ -74,7 +75,14 @@ def assert_equal_trajectories(got, expected):
     "options",
     [
         {"eta": 0.05},
-        {"eta": 0.05, "alpha": 2.0, "betas": (0.8, 0.95), "min_rate": 0.01, "rate_budget": 0.3},
+        {
+            "eta": 0.05,
+            "concentration": 2.0,
+            "b1": 0.8,
+            "b2": 0.95,
+            "min_rate": 0.01,
+            "rate_budget": 0.3,
+        },
         {"eta": 0.05, "weight_decay": 0.1},
     ],
 )
@@ -87,21 +95,21 @@ def test_paper_dart_follows_the_reference(options):
 
 def test_paper_dart_with_adam_directions_follows_the_reference():
     from dartax._paper_dart import paper_rule
-    from dartax._thinning import Thinning
     from dartax._transform import scale_by_dirichlet
 
     params, noise, gradients = problem(1)
     transform = scale_by_dirichlet(
-        paper_rule(1.0, 0.1 - 1e-6, 0.05, (0.9, 0.999), 1e-8),
+        paper_rule(1.0, 0.1 - 1e-6, 0.05, 0.9, 0.999, 1e-8),
         optax.scale_by_adam(),
         learning_rate=1.0,
         min_rate=1e-6,
         rate_budget=0.1,
         memory_decay=0.0,
-        blocks=None,
-        key=2,
         memory_dtype="float32",
-        thinning=Thinning(),
+        whole_memory=True,
+        labels=None,
+        key=2,
+        implementation="fused",
     )
     got = dartax_trajectory(optax.chain(transform, optax.scale(-1.0)), params, noise)
     expected = reference.paper_dart(params, gradients, reference.adam(), shared_draws(2), eta=0.05)
@@ -165,11 +173,12 @@ def test_shared_blocks_follow_the_reference():
 
 @pytest.mark.parametrize("inner", [None, optax.scale_by_adam(b2=0.99)])
 @pytest.mark.parametrize(
-    "options", [{}, {"memory_decay": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}]
+    "options",
+    [{}, {"memory_decay": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}],
 )
 def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
-    monkeypatch.setattr(_dart, "LEAST", 8)
-    monkeypatch.setattr(_thinning, "TURNS", 2)
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
+    monkeypatch.setattr(_sample, "MAX_SOURCES", 2)
     params, noise, gradients = problem(5, {"a": (3,), "b": (64, 48), "c": (100,)})
     optimizer = dartax.dart(inner=inner, memory_dtype="float32", **options)
     got = dartax_trajectory(optimizer, params, noise)
@@ -189,7 +198,7 @@ def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     )
     expected = list(expected)
     assert_equal_trajectories(got, expected)
-    monkeypatch.setattr(_dart, "LEAST", math.inf)
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", math.inf)
     whole = dartax.dart(inner=inner, memory_dtype="float32", **options)
     with pytest.raises(AssertionError, match="Not equal"):
         assert_equal_trajectories(dartax_trajectory(whole, params, noise), expected)

@@ -66,8 +66,9 @@ def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
 
 def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """See :func:`dartax._plain.judge`."""
-    # The barrier: what is computed here and again later, such as the memory in float32 or the squares
-    # of the gradient, would be computed once, written out, and read twice.
+    # The barrier: what is computed here and again later would be computed once, written out and read
+    # twice, such as the squares of the gradient, which made a step of 10 M parameters in 24 tensors
+    # three times as long on a CPU.
     gradient, memory = jax.lax.optimization_barrier((gradient, memory))
     whole, part = jax.tree.leaves(gradient), jax.tree.leaves(part_like(memory, gradient))
     dots = sums(operator.mul, part, jax.tree.leaves(memory))
@@ -140,7 +141,7 @@ def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
 
 def per_block(of_leaves: jax.Array, blocks: Blocks) -> jax.Array:
     """See :func:`dartax._plain.per_block`; nothing to sum where every leaf is a block."""
-    if blocks.count == len(blocks.of_leaf):
+    if blocks.num_blocks == len(blocks.of_leaf):
         return of_leaves
     return _plain.per_block(of_leaves, blocks)
 

@@ -101,23 +101,16 @@ def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationEx
     return optax.GradientTransformationExtraArgs(init_fn, FusableUpdate(update_fn, again))
 
 
-def is_zero(weight_decay: Any) -> bool:
-    """Whether no weights decay, as far as a Python number tells."""
-    return isinstance(weight_decay, int | float) and weight_decay == 0
-
-
-def decayed_weights(weight_decay: Any, mask: Any) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``, or nothing, which needs no params, where there is no decay."""
-    if is_zero(weight_decay):
-        return optax.identity()
-    return optax.add_decayed_weights(weight_decay, mask)
-
-
 def with_decayed_weights(
     inner: optax.GradientTransformation, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
-    """``inner``, then :func:`decayed_weights`; fusable if ``inner`` is."""
-    decay = decayed_weights(weight_decay, mask)  # has no state of its own
+    """``inner``, then ``optax.add_decayed_weights``; fusable if ``inner`` is.
+
+    A decay of the Python number 0 leaves ``inner`` alone, which then needs no parameters.
+    """
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return inner
+    decay = optax.add_decayed_weights(weight_decay, mask)  # has no state of its own
     inner_update = fusable(inner)
     if inner_update is None:
         return optax.chain(inner, decay)
@@ -133,15 +126,11 @@ def with_decayed_weights(
     def again(updates, state, params, finite, part):
         # A mask that is a function is asked about the whole parameters, not about a part of them.
         chosen = mask(params) if callable(mask) else mask
+        decay = optax.add_decayed_weights(weight_decay, chosen)
         direction = inner_update.again(updates, state[0], params, finite, part)
-        return decayed_weights(weight_decay, chosen).update(direction, state[1], part(params))[0]
+        return decay.update(direction, state[1], part(params))[0]
 
-    decays = not is_zero(weight_decay)
     update = FusableUpdate(
-        update_fn,
-        again,
-        reads_params=inner_update.reads_params or decays,
-        always_finite=inner_update.always_finite and not decays,
-        whole_memory=inner_update.whole_memory,
+        update_fn, again, reads_params=True, whole_memory=inner_update.whole_memory
     )
     return optax.GradientTransformationExtraArgs(init_fn, update)

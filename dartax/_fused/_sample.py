@@ -9,7 +9,7 @@ so a step neither keeps nor reads nor writes the memory z of the others.
 
 The gradient of a matrix is a sum of outer products, one for every example: what goes into the layer
 times what comes back from the next one. A few whole rows would show only a few of the inputs, and
-would repeat whatever repeats in them, such as the lines of an image. So the columns are interleaved:
+would repeat whatever repeats in them, such as the lines of an image. So the rows are interleaved:
 each bunch of rows gives one element of every column, and groups of columns take it from different
 rows.
 

@@ -24,8 +24,8 @@ def ridges(
     """The law that every block draws its rate from, at chosen steps.
 
     The share of a block of concentration c is Beta(c, total - c), and its rate is ``min_rate +
-    (rate_budget - min_rate) * share``. The user's schedule is left out, so that the learned law does
-    not follow its decay.
+    (rate_budget - min_rate) * share``. The user's schedule is left out, so that the learned law
+    does not follow its decay.
 
     Args:
       metrics: See :mod:`dartax.plot`.
