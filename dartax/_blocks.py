@@ -70,15 +70,20 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_updates(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes) -> None:
-    """Raises unless a tree has the structure and shapes of the parameters given to ``init``.
+def check_trees(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> None:
+    """Raises unless trees have the structure and shapes of the parameters given to ``init``.
 
     Args:
-      name: Of the argument.
-      updates: The gradient, or another tree like the parameters.
+      trees: Arguments by name: ``updates``, and others, which may be ``None``.
       memory: The memory of past steps, which holds all of a parameter or a sample of it.
       memory_shape: From the shape of a parameter to that of its sample.
     """
+    for name, tree in trees.items():
+        if tree is not None or name == "updates":
+            _check_tree(name, tree, memory, memory_shape)
+
+
+def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes) -> None:
     structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, memory)]
     if structures[0] != structures[1]:
         got, want = (
@@ -158,11 +163,15 @@ def block_index(of_leaf: tuple[int, ...]) -> Any:
     return tuple(jnp.asarray(i, jnp.uint32) for i in of_leaf) or jnp.zeros(0, jnp.uint32)
 
 
-def check_same_blocks(of_leaf: tuple[int, ...], num_blocks: int, index: Any, kept: int) -> None:
-    """Raises unless a state of ``kept`` blocks was made for the blocks of this optimizer.
+def blocks_of(params: PyTree, labels: Labels, index: Any, per_block: jax.Array) -> Blocks:
+    """The blocks of a state with :func:`block_index` ``index`` and values ``per_block``, ``[K]``.
 
-    Of a traced state, inside ``jax.jit``, only their number can be read.
+    Raises:
+      ValueError: If it was made for other blocks than ``labels`` gives. Of a traced state, inside
+        ``jax.jit``, only their number can be read.
     """
+    of_leaf, num_blocks = number_blocks(params, labels)
+    kept = per_block.shape[0]
     other = f"{num_blocks} blocks instead of {kept}" if num_blocks != kept else ""
     if not other and not any(isinstance(i, jax.core.Tracer) for i in index):
         differ = sum(np.any(np.asarray(i) != n) for i, n in zip(index, of_leaf, strict=True))
@@ -172,6 +181,7 @@ def check_same_blocks(of_leaf: tuple[int, ...], num_blocks: int, index: Any, kep
             f"blocks must be those that the state was made for, got {other}; build the optimizer "
             "as it was then, or call init again."
         )
+    return Blocks(of_leaf, num_blocks, index)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

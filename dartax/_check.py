@@ -66,6 +66,31 @@ def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
         )
 
 
+def first_rate(
+    init_rate: Any,
+    min_rate: Any,
+    rate_budget: Any,
+    concentration: Any,
+    num_blocks: int,
+    max_concentration: float,
+) -> None:
+    """Checks that the first mean rate of K blocks leaves the slack a concentration in its range."""
+    if all(map(is_number, (concentration, init_rate, min_rate, rate_budget))):
+        least = float(concentration) * (rate_budget - min_rate) / max_concentration
+        if not np.float32(init_rate) - np.float32(min_rate) >= least:
+            raise ValueError(
+                f"init_rate must be at least {least:.3g} above min_rate, where float32 ends, "
+                f"got init_rate={init_rate} and min_rate={min_rate}; raise init_rate."
+            )
+    if all(map(is_number, (init_rate, min_rate, rate_budget))):
+        most = min_rate + (rate_budget - min_rate) / max(num_blocks, 1)
+        if not init_rate < most:
+            raise ValueError(
+                f"init_rate must be below {most:g}, the mean rate when {num_blocks} blocks "
+                f"share all of rate_budget={rate_budget}, got {init_rate}; lower init_rate."
+            )
+
+
 def decay(name: str, value: Any) -> None:
     """Checks the decay of a moving average."""
     number(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1, "0.9 is usual")

@@ -1,9 +1,9 @@
 """Learning-rate-free DART: a Dirichlet with slack, learned in log space.
 
 The published DART (``_paper_dart.py``) shares a fixed budget out. Here the Dirichlet has one more
-component, the slack, which no block spends, so the total is learned too. With a = log concentration,
-l' = d log gamma / da, and h_i = dL/dlog pi_i over the past steps in the memory, the gradient through
-the draw is
+component, the slack, which no block spends, so the total is learned too. With a = log
+concentration, l' = d log gamma / da, and h_i = dL/dlog pi_i over the past steps in the memory, the
+gradient through the draw is
 
     G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
     s_i = -m_i / sqrt(v_i)                                   moments of G_i + 0.3 * mean_j G_j
@@ -17,7 +17,7 @@ other blocks, such as most biases, follow it instead of their own noise. The con
 where s_long is the same over a longer window, and limit_i = min(0.05, 20 / t). The limit is higher
 where a step is tiny beside the weights that it changes, or where the user's schedule ends within a
 few hundred updates. Then all concentrations, the slack's too, are multiplied by one number. That
-leaves the mean rates alone, and makes the smallest concentration of a block equal ``concentration``.
+leaves the mean rates alone, and makes the smallest one of a block equal ``concentration``.
 
 The first term grows the rates, even where s is a little below 0: there the steep directions already
 ask for less while the flat ones still ask for more, and the decay of the schedule serves the steep
@@ -27,15 +27,14 @@ objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2
 term takes back rates that are clearly too high. Where G_i is more than 10 times its root mean
 square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
 
-Where a rate is taken back, the past steps in h shrink by the same factor. Otherwise a few steps that
-went too far would make the rate shrink long after it was mended.
+Where a rate is taken back, the past steps in h shrink by the same factor. Otherwise a few steps
+that went too far would make the rate shrink long after it was mended.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dartax import _check
@@ -57,16 +56,16 @@ from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
 # Decays of the gradient's averages: the first moment, the long average that has to agree with it,
-# and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of magnitude
-# as the loss falls, and would stall under their own past.
+# and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of
+# magnitude as the loss falls, and would stall under their own past.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
 # The ramp, which is also the warm-up: at most GROWTH per update in log space, and at most RAMP / t
-# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is SPRINT times
-# the fall of the schedule over the next 32: the run would end on the ramp otherwise.
+# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is SPRINT
+# times the fall of the schedule over the next 32: the run would end on the ramp otherwise.
 GROWTH, RAMP, SPRINT = 0.05, 20.0, 0.6
-# Where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of the weights,
-# the ramp is steeper in proportion, up to FAST_GROWTH. From any tiny initial rate it begins in
-# earnest after about 20 updates.
+# Where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of the
+# weights, the ramp is steeper in proportion, up to FAST_GROWTH. From any tiny initial rate it
+# begins in earnest after about 20 updates.
 SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 # Weight of the mean gradient beside the block's own.
 POOL = 0.3
@@ -108,22 +107,10 @@ def dart_rule(
     """Learning in log space; the slack is the last of the K + 1 components."""
 
     def init(num_blocks):
-        numbers = (concentration, init_rate, min_rate, rate_budget)
-        if all(map(_check.is_number, numbers)):
-            least = float(concentration) * (rate_budget - min_rate) / MAX_CONCENTRATION
-            if not np.float32(init_rate) - np.float32(min_rate) >= least:
-                raise ValueError(
-                    f"init_rate must be at least {least:.3g} above min_rate, where float32 ends, "
-                    f"got init_rate={init_rate} and min_rate={min_rate}; raise init_rate."
-                )
+        _check.first_rate(
+            init_rate, min_rate, rate_budget, concentration, num_blocks, MAX_CONCENTRATION
+        )
         # The mean rate of a block is min_rate + (rate_budget - min_rate) / inverse_share.
-        if _check.is_number(init_rate) and _check.is_number(rate_budget):
-            top = min_rate + (rate_budget - min_rate) / max(num_blocks, 1)
-            if _check.is_number(top) and not init_rate < top:
-                raise ValueError(
-                    f"init_rate must be below {top:g}, the mean rate when {num_blocks} blocks "
-                    f"share all of rate_budget={rate_budget}, got {init_rate}; lower init_rate."
-                )
         low = f32(min_rate)
         inverse_share = (f32(rate_budget) - low) / (f32(init_rate) - low)
         slack = f32(concentration) * (inverse_share - num_blocks)
@@ -137,16 +124,12 @@ def dart_rule(
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
-        # The factors that debias the averages, one kernel for all.
-        decays, nums = jnp.array([B1, B_TREND, B2, B2]), jnp.stack([num, num, num, num - 1])
-        of_mu, of_trend, of_nu, of_last_nu = debias(jnp.ones(4, jnp.float32), decays, nums)
-
         # A block that has seen no gradient yet does not move.
-        root = jnp.sqrt(of_nu * nu)
+        root = jnp.sqrt(debias(nu, B2, num))
         seen = root > 0
         inverse_root = jnp.where(seen, 1 / jnp.where(seen, root, 1.0), 0.0)
-        s = -of_mu * mu * inverse_root
-        s_long = -of_trend * trend * inverse_root
+        s = -debias(mu, B1, num) * inverse_root
+        s_long = -debias(trend, B_TREND, num) * inverse_root
 
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
@@ -155,7 +138,7 @@ def dart_rule(
         # At full speed where s is -1.
         retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
         change = growth_limit(rate, context) * grow - GROWTH * retreat
-        usual = jnp.sqrt(of_last_nu * moments.hyper_nu)
+        usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
         factor = jnp.exp(change)
@@ -249,8 +232,8 @@ def scale_by_dart(
 
     A step is skipped if its gradient is not finite, if the squared norm of the gradient of a block
     or the square of a hypergradient overflows float32, or if the loss is not finite, where it is
-    passed as ``update(..., value=loss)``. The updates are zero then, and the state keeps all but its
-    counters ``count`` and ``skipped``.
+    passed as ``update(..., value=loss)``. Then the updates are zero, and the state keeps all but
+    its counters ``count`` and ``skipped``.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)

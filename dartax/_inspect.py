@@ -10,7 +10,7 @@ import optax
 
 from dartax import dirichlet
 from dartax._blocks import PyTree, path_name
-from dartax._state import ScaleByDartState, check_version
+from dartax._state import ScaleByDartState, check_state
 from dartax.contrib import ScaleBySharesState, factor_variances, mean_factors, used_factors
 
 # From a state to a value for each of its blocks.
@@ -30,7 +30,7 @@ def _states(opt_state: PyTree) -> list[tuple[str, ScaleByDartState]]:
             labels = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
             # Flax nnx wraps every array in a variable, and [...] reads through it.
             state = _map_arrays(node)
-            check_version(state)
+            check_state(state)
             if jnp.ndim(state.count):
                 raise ValueError(
                     f"opt_state must be that of one run, got a batch of {list(state.count.shape)}; "

@@ -87,19 +87,21 @@ class ScaleByDartState(NamedTuple):
     inner_state: PyTree
 
 
-def check_version(state: ScaleByDartState) -> None:
-    """Raises if ``state`` was saved by a dartax whose state had another layout.
-
-    A traced state, inside ``jax.jit``, cannot be read and passes.
-    """
+def check_state(state: PyTree) -> None:
+    """Raises unless ``state`` is a ``ScaleByDartState`` of this version."""
+    if not isinstance(state, ScaleByDartState):
+        raise TypeError(
+            f"state must be a ScaleByDartState, got {type(state).__name__}; pass what init or "
+            "the last update returned, and restore checkpoints into it."
+        )
     if isinstance(state.version, jax.core.Tracer):
-        return
+        return  # inside jax.jit its value cannot be read
     found = np.unique(np.asarray(state.version))  # vmapped states have several
     if np.any(found != VERSION):
         raise ValueError(
             f"state must have version {VERSION}, got {', '.join(map(str, found))} from another "
             "dartax; go on with the dartax that saved it, or keep the parameters and call init: "
-            "the rates are learned again within some hundred updates."
+            "the rates are learned again within a few hundred updates."
         )
 
 

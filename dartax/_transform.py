@@ -30,8 +30,8 @@ import numpy as np
 import optax
 
 from dartax import _blocks, _check, _fused, _plain, random
-from dartax._blocks import Blocks, Labels, PyTree
-from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_version, next_key
+from dartax._blocks import Labels, PyTree
+from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_state, next_key
 
 # Updates over which a rule sees the user's schedule fall.
 LOOK_AHEAD = 32
@@ -159,9 +159,6 @@ def scale_by_dirichlet(
     whole_memory |= getattr(inner.update, "whole_memory", False)
     low, high = f32(min_rate), f32(rate_budget)
 
-    def rate_multiplier(count):
-        return f32(learning_rate(count) if callable(learning_rate) else learning_rate)
-
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
         _check.keeps_sign("inner", inner, params)
@@ -191,25 +188,11 @@ def scale_by_dirichlet(
             inner_state=inner.init(params),
         )
 
-    def check_update(updates, state, params, grad, value) -> Blocks:
-        """Raises unless ``update`` was given what ``init`` has seen; returns its blocks."""
-        if not isinstance(state, ScaleByDartState):
-            raise TypeError(
-                f"state must be a ScaleByDartState, got {type(state).__name__}; pass what init or "
-                "the last update returned, and restore checkpoints into it."
-            )
-        check_version(state)
-        of_leaf, num_blocks = _blocks.number_blocks(state.step_memory, labels)
-        _blocks.check_same_blocks(of_leaf, num_blocks, state.block_index, state.last_rates.shape[0])
-        for name, tree in (("updates", updates), ("params", params), ("grad", grad)):
-            if tree is not None or name == "updates":
-                _blocks.check_updates(name, tree, state.step_memory, step.memory_shape)
-        if value is not None:
-            _check.scalar("value", value, "pass the loss")
-        return Blocks(of_leaf, num_blocks, state.block_index)
-
     def update_fn(updates, state, params=None, *, grad=None, value=None, **extra_args):
-        blocks = check_update(updates, state, params, grad, value)
+        check_state(state)
+        blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.last_rates)
+        given = {"updates": updates, "params": params, "grad": grad}
+        _blocks.check_trees(given, state.step_memory, step.memory_shape)
         updates = jax.tree.map(jnp.asarray, updates)
 
         # 1. Finish the last gradient: how good were the rates so far?
@@ -219,6 +202,7 @@ def scale_by_dirichlet(
             sound &= grad_sound
             extra_args["grad"] = grad
         if value is not None:
+            _check.scalar("value", value, "pass the loss")
             sound &= jnp.isfinite(value)
             extra_args["value"] = value
 
@@ -233,13 +217,14 @@ def scale_by_dirichlet(
         step_key, words = step.random_words(state.key, state.count, (2, *concentration.shape))
         draw = draw_shares(words, concentration)
         rates = low + (high - low) * draw.share[: blocks.num_blocks]
-        multiplier = rate_multiplier(state.count)
+        multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
         # 4. Scale the directions. A skipped step has rates of 0 and leaves the memory alone, but
-        # empties it where h overflowed between finite vectors: it would overflow at every step.
+        # empties it where only h overflowed, for that would happen again at every step.
         usable = jnp.all(sound & jnp.isfinite(multiplier * rates))
         finite = usable & jnp.all(jnp.isfinite(moments.hyper_nu))
         moved = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
+        # (The old rates, times 0: a donated array that no step reads gets another buffer each step.)
         last_rates = jnp.where(finite, multiplier * rates, 0.0 * state.last_rates)
         direction, remembered, inner_state = step.directions(
             inner, updates, state.inner_state, params, finite,
