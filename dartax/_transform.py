@@ -2,9 +2,8 @@
 
 The published DART and the learning-rate-free one differ in how the concentrations move. That is a
 :class:`Rule`, one in ``_paper_dart.py`` and one in ``_dart.py``. This file holds the five steps
-around the rule. Their arithmetic on the parameters is in ``_plain.py``, and once more in
-``_fused/``, which is faster. With u_t the direction of the inner transform and f_t the user's
-schedule,
+around the rule. Their arithmetic on the parameters is in ``_plain.py``, and in a faster form in
+``_fused/``. With u_t the direction of the inner transform and f_t the user's schedule,
 
     gamma_j ~ Gamma(concentration_j, 1),      pi = softmax(log gamma)
     rate_i  = min_rate + (rate_budget - min_rate) * pi_i
@@ -231,7 +230,7 @@ def scale_by_dirichlet(
             step_memory=state.step_memory, **extra_args,
         )  # fmt: skip
         updates, step_memory = step.move(
-            direction, remembered, state.step_memory, rates=last_rates, blocks=blocks,
+            direction, remembered, state.step_memory, blocks=blocks, rates=last_rates,
             weights=jnp.where(finite, moved, 0.0),
             keep=jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0)),
         )  # fmt: skip
