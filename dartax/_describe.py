@@ -10,8 +10,8 @@ import numpy as np
 
 from dartax import _check
 from dartax._blocks import PyTree, path_name
+from dartax._find import find_states, labels_of, own_leaves
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
-from dartax._inspect import _labels, _own_leaves, _states
 from dartax._state import ScaleByDartState
 
 WIDTH = 80
@@ -98,8 +98,8 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
     tables = []
-    states = _states(opt_state)
-    for label, (_, state) in zip(_labels(states), states, strict=True):
+    states = find_states(opt_state)
+    for label, (_, state) in zip(labels_of(states), states, strict=True):
         if isinstance(state.count, jax.core.Tracer):
             raise TypeError(
                 "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
@@ -107,9 +107,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
             )
         blocks = blocks_of(state)
         members: list[list[int]] = [[] for _ in blocks]
-        for leaf, block in zip(
-            _own_leaves(state, params), map(int, state.block_index), strict=True
-        ):
+        for leaf, block in zip(own_leaves(state, params), map(int, state.block_index), strict=True):
             members[block].append(leaf)
         title = _title(label, state, blocks)
         table = _table(

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dartax import _dart, _paper_dart, dirichlet
-from dartax._inspect import _concentration, _expected, _of_blocks, _share, _std, _used
+from dartax._block_values import (
+    block_concentrations,
+    expected_rates,
+    mean_shares,
+    of_blocks,
+    rate_stds,
+    used_rates,
+)
 from dartax._state import ScaleByDartState
 from dartax._transform import debias
 
@@ -125,22 +132,22 @@ def _has_slack(state: ScaleByDartState) -> bool:
 
 def blocks_of(state: ScaleByDartState) -> list[Block]:
     """Every block of the state, in the order of ``block_index``."""
-    share, min_rate = np.asarray(_share(state), float), float(state.min_rate)
-    variance = np.asarray(_of_blocks(dirichlet.variance(state.concentration), state), float)
+    share, min_rate = np.asarray(mean_shares(state), float), float(state.min_rate)
+    variance = np.asarray(of_blocks(dirichlet.variance(state.concentration), state), float)
     spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
     lift = (
         (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf
     )
     s, s_long = _signals(state)
     columns = {
-        "expected": _expected(state),
-        "std": _std(state),
-        "last_rate": _used(state),
+        "expected": expected_rates(state),
+        "std": rate_stds(state),
+        "last_rate": used_rates(state),
         "hypergradient": state.hypergradient,
         "share": share,
         "spread": spread,
         "lift": lift,
-        "concentration": _concentration(state),
+        "concentration": block_concentrations(state),
         "s": s,
         "s_long": s_long,
     }

@@ -223,7 +223,7 @@ def scale_by_dirichlet(
         usable = jnp.all(sound & jnp.isfinite(multiplier * rates))
         finite = usable & jnp.all(jnp.isfinite(moments.hyper_nu))
         moved = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
-        # (The old rates, times 0: a donated array that no step reads gets another buffer each step.)
+        # (The old rates times 0, for a donated array that no step reads moves at every step.)
         last_rates = jnp.where(finite, multiplier * rates, 0.0 * state.last_rates)
         direction, remembered, inner_state = step.directions(
             inner, updates, state.inner_state, params, finite,
