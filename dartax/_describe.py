@@ -50,12 +50,12 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
     Args:
       opt_state: See :func:`learning_rates`. Concrete arrays, not tracers.
       params: The parameters.
-      max_rows: Of more blocks, only so many are shown: those in trouble, then those of a rare
-        word, then those whose rates are farthest from the median. A line stands for those in
+      max_rows: How many blocks to show at most: first those in trouble, then those with a rare
+        word, then those whose rates are farthest from the median. One line sums up the blocks in
         between. ``None`` shows all.
 
     Returns:
-      Text of at most 80 columns, a table for each DART state. ``size`` counts the parameters.
+      Text of at most 80 columns, one table for each DART state. ``size`` counts the parameters.
       ``E[rate]``, ``std`` and ``last rate`` include the schedule. ``health`` is the first of
       these words whose rule holds:
 

@@ -1,7 +1,7 @@
-"""How every block fares: what its state says, and one word on it.
+"""The health of every block: what the state says of it, and one word for it.
 
-The rules look at the state alone: at the moments of the gradient of the concentrations, as the
-last update left them, and at the Dirichlet. Each word is one small function.
+The rules read only the state: the moments of the concentrations' gradient after the last update,
+and the Dirichlet. Each word is one small function.
 """
 
 import math
@@ -22,31 +22,31 @@ from dartax._block_values import (
 from dartax._state import ScaleByDartState
 from dartax._transform import debias
 
-# Within five percent of an end of the rates a block is pinned there.
+# A block is pinned at an end of the rates when it is this close to it, relatively.
 NEAR = 0.05
-# A block has collapsed where the standard deviation of its share is so many times the mean.
+# A block has collapsed when its share has a standard deviation of more than this times its mean.
 WIDE = 2.0
-# paper_dart follows the sign of s wherever it points; the noise of an average over some 10
-# updates stays within this, two of its standard deviations.
+# paper_dart follows the sign of s wherever it points. The noise of an average over about 10 updates
+# stays within this: two of its standard deviations.
 NOISE = 0.5
 
 
 class Block(NamedTuple):
-    """What is told of a block, and what its health is judged by.
+    """What the table shows of a block, and what its health is judged by.
 
     Attributes:
       expected: Mean rate, the schedule included, like the next two.
       std: Standard deviation of the rate.
       last_rate: The rate of the last update.
-      num: Gradients that have judged a rate so far.
-      hypergradient: The last of them, as a hypergradient.
+      num: Number of gradients that have judged a rate so far.
+      hypergradient: The last hypergradient.
       share: Mean share of the budget.
-      spread: Standard deviation of the share over its mean.
+      relative_std: Standard deviation of the share over its mean.
       lift: Mean rate over ``min_rate``, less one.
-      concentration: Of the Dirichlet.
+      concentration: Concentration of the block.
       slack: Mean share of the budget that no block spends; ``None`` without a slack.
-      s: Mean of the last gradients over their root mean square: near 1 where longer steps would
-        have been better, near -1 where shorter ones would. See ``_dart.py``.
+      s: Mean of the last gradients over their root mean square, with its sign turned: near 1 where
+        longer steps would have been better, near -1 where shorter ones would. See ``_dart.py``.
       s_long: The same over a longer window, or ``s`` where there is none.
     """
 
@@ -56,7 +56,7 @@ class Block(NamedTuple):
     num: int
     hypergradient: float
     share: float
-    spread: float
+    relative_std: float
     lift: float
     concentration: float
     slack: float | None
@@ -84,7 +84,7 @@ def _at_min(block: Block) -> bool:
 
 
 def _collapsed(block: Block) -> bool:
-    return block.spread > WIDE
+    return block.relative_std > WIDE
 
 
 def _growing(block: Block) -> bool:
@@ -115,7 +115,7 @@ def health(block: Block) -> str:
 
 
 def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
-    """The s and s_long of every block that the last update moved the concentrations by."""
+    """The s and s_long by which the last update moved the concentration of every block."""
     has_slack = _has_slack(state)
     num = state.count - state.skipped - 1
     nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.B2, num)
@@ -134,7 +134,7 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
     """Every block of the state, in the order of ``block_index``."""
     share, min_rate = np.asarray(mean_shares(state), float), float(state.min_rate)
     variance = np.asarray(of_blocks(dirichlet.variance(state.concentration), state), float)
-    spread = np.sqrt(variance) / np.where(share > 0, share, 1.0)
+    relative_std = np.sqrt(variance) / np.where(share > 0, share, 1.0)
     lift = (
         (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf
     )
@@ -145,7 +145,7 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
         "last_rate": used_rates(state),
         "hypergradient": state.hypergradient,
         "share": share,
-        "spread": spread,
+        "relative_std": relative_std,
         "lift": lift,
         "concentration": block_concentrations(state),
         "s": s,

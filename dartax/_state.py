@@ -53,8 +53,8 @@ class ScaleByDartState(NamedTuple):
         Once ``count`` has reached its end, 2**31 - 1, the key of each draw replaces it. Raw,
         because serializers do not know typed keys.
       block_index: Block of every parameter leaf, n uint32 scalars.
-      concentration: Of the Dirichlet that the last rates were drawn from, float32 ``[C]``.
-      moments: Moving averages of its gradient.
+      concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
+      moments: Moving averages of the gradient of their blocks.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
         before it (``paper_dart``) or their logarithms (``dart``), ``[K]``.

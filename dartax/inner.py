@@ -147,7 +147,7 @@ def momentum(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
     """The heavy ball of Polyak (1964), as ``optax.trace`` gives it.
 
     Args:
-      decay: Of the sum of past gradients, in [0, 1).
+      decay: Decay of the sum of past gradients, in [0, 1).
 
     Returns:
       A transform with state ``optax.TraceState``, 4 bytes per float32 parameter; sums of float16

@@ -51,7 +51,7 @@ _LOG_V = (
 # Proposals for each draw. One is accepted with probability 0.95 at a = 1 and more above: of 8e7
 # draws one finds none, and is the mode.
 _PROPOSALS = 6
-# What stands for a proposal that is not accepted: greater than any other.
+# Marks a proposal that is not accepted: greater than any other.
 _REJECTED = 1e30
 
 

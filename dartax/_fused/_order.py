@@ -17,8 +17,8 @@ from dartax._fused._siblings import LAUNCH_BOUND, siblings
 
 PyTree = Any
 
-# Leaves of so many elements together are updated at a time: enough for many cores to share, and few
-# enough for their moments to be still in the caches when the parameters are computed from them.
+# Leaves are updated in groups of this many elements: enough for many cores to share, and few enough
+# that their moments are still in the caches when the parameters are computed from them.
 GROUP_SIZE = 1 << 19
 
 

@@ -33,15 +33,15 @@ from dartax._fused._siblings import siblings
 PyTree = Any
 Shape = tuple[int, ...]
 
-# A sample holds at least one element in so many, ...
+# A sample holds at least one element in 48, ...
 SPARSEST = 48
-# ... and at least so many elements: the fewer, the more noise there is in the hypergradient.
+# ... and at least this many elements. Fewer elements mean more noise in the hypergradient.
 MIN_SAMPLE = 1 << 14
-# A tensor that is at most so many times as large as the smallest sample is kept whole.
+# A tensor of up to this many times the smallest sample is kept whole.
 WHOLE_UP_TO = 8
-# A bunch gives elements of at most so many of its rows; each is read as a whole.
+# A bunch gives elements from at most this many of its rows; each is read as a whole.
 MAX_SOURCES = 8
-# So many neighbouring columns share their rows: they share lines of the memory.
+# This many neighbouring columns take the same rows: they share cache lines.
 WIDTH = 16
 # Where a mesh splits a tensor over a number of devices that divides this, it splits the rows of the
 # sample the same way.
@@ -49,7 +49,7 @@ DEVICES = 16
 
 
 class Sample(NamedTuple):
-    """Bunches of ``step`` rows along ``axis``, ``number`` of them, each of which gives one row.
+    """``number`` bunches of ``step`` rows along ``axis``, each giving one row.
 
     That row is interleaved from ``sources`` rows of the bunch, evenly spaced from the first one on.
     """

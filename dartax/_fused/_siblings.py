@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# Starting a kernel takes longer than copying so many elements.
+# Starting a kernel takes longer than copying this many elements.
 LAUNCH_BOUND = 1 << 16
 
 

@@ -44,7 +44,7 @@ GRANULARITIES = ("channel", "element")
 
 # Decays of the moments, over the renewals of an element.
 B1, B2 = 0.9, 0.99
-# Change of a log concentration per update where the gradient always has one sign.
+# Change of a log concentration per update while the gradient keeps one sign.
 STEP = 0.005
 # A tensor has at most so many slices, and a slice at least MIN_SLICE values: small tensors are
 # renewed whole.
@@ -61,7 +61,7 @@ class Shares(NamedTuple):
     Their arrays have the shape of their leaf, or of its last axis: ``[1, ..., channels]``.
 
     Attributes:
-      within_concentration: Of the Dirichlet of every tensor.
+      within_concentration: Concentrations of the Dirichlet of every tensor.
       within_mu: First moment of the gradient of its logarithm.
       within_nu: Second moment.
       within_factor: What multiplies the rate of the tensor; 1 on average.
@@ -191,7 +191,7 @@ def factor_shape(leaf: jax.Array) -> tuple[int, ...]:
 
 
 def hypergradient(part: Slice, gradient: Any, memory: Any, count: jax.Array) -> jax.Array:
-    """The h of those whose turn it is: minus the inner products over the other axes."""
+    """The h of the values whose turn it is: minus the inner products over the other axes."""
     if gradient.size == part.size:
         gradient, memory = part.take(gradient, count), part.take(memory, count)
         return -gradient.astype(jnp.float32) * memory.astype(jnp.float32)
@@ -202,10 +202,10 @@ def hypergradient(part: Slice, gradient: Any, memory: Any, count: jax.Array) -> 
 def learn_and_draw(
     key: jax.Array, shares: Shares, h: jax.Array, debias: Any, speed: Any, level: Any
 ) -> Shares:
-    """One renewal, elementwise; in place of the factors are gamma draws, for want of their sum.
+    """One renewal, elementwise. The factors are still gamma draws, not divided by their sum.
 
     Args:
-      key: Of the draws.
+      key: Key of the draws.
       shares: As they are, ``[R]`` each, as all that follows.
       h: The hypergradients.
       debias: What corrects m / sqrt(v) for the zeros that both started from.
@@ -255,8 +255,8 @@ def renew(
 
     Args:
       state: As it is.
-      gradient: Of the loss.
-      memory: z, the steps of the past that it is compared with.
+      gradient: Gradient of the loss.
+      memory: z, the past steps that it is compared with.
       concentration: Mean concentration.
       finite: Whether all this is finite; the state stays as it is otherwise.
     """

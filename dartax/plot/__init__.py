@@ -14,7 +14,7 @@ lacks what is drawn, or a name or step was not recorded, and ``TypeError`` for a
 Arguments in common:
 
 - ``blocks``: names of leaves, such as ``"Dense_0/kernel"``, to draw only those;
-- ``steps``: steps to draw, for each of which the nearest recorded one is taken;
+- ``steps``: steps to draw; the nearest recorded one is taken for each;
 - ``dark``: light ink on dark paper.
 
 Examples:

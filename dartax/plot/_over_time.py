@@ -191,7 +191,7 @@ def budget(metrics: Any, *, dark: bool = False) -> Figure:
             _spent(axes[0], history, slack, tones)
         _spenders(axes[-1], history, share / share.sum(axis=1, keepdims=True), dark)
         if slack is None:
-            axes[-1].set_title("Who spends the budget, of which all is spent")
+            axes[-1].set_title("Who spends the budget: all of it is spent")
         return finish(figure)
 
 
