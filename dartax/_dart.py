@@ -71,8 +71,8 @@ SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 POOL = 0.3
 # Rates grow while s is above the first and shrink where it is below the second.
 GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
-# Where a gradient opposes the past steps by this many times its root mean square, the rate is divided
-# by as much.
+# Where a gradient opposes the past steps by this many times its root mean square, the rate is
+# divided by as much.
 SURPRISE = 10.0
 # The greatest concentration of a block is at most this many times the level of the draws.
 MAX_RATIO = 1e6

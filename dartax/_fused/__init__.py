@@ -25,9 +25,8 @@ import optax
 from dartax import _plain
 from dartax._blocks import Blocks, PyTree
 from dartax._fused._fusable import choose, fusable, zero_unless
-from dartax._fused._order import ReadBefore, after_reading, read_before
+from dartax._fused._order import after_memory, read_before
 from dartax._fused._sample import part_like, sample_shape, take_samples
-from dartax._fused._siblings import LAUNCH_BOUND
 from dartax._fused._sums import sums
 from dartax._fused._threefry import random_words
 
@@ -47,10 +46,10 @@ _accumulate, _scale = jax.jit(_plain.accumulate), jax.jit(_plain.scale)
 
 
 class Remembered(NamedTuple):
-    """What of a direction goes into the memory, and the parameters that it was computed from."""
+    """What of a direction goes into the memory, and whether the parameters were read for it."""
 
     part: PyTree
-    before: ReadBefore | None
+    reads_params: bool
 
 
 def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
@@ -96,17 +95,17 @@ def directions(
         direction, new_state = inner.update(updates, inner_state, params, **extra_args)
         direction = zero_unless(finite, direction)
         part = part_like(step_memory, direction)
-        return direction, Remembered(part, None), select(finite, new_state, inner_state)
+        return direction, Remembered(part, False), select(finite, new_state, inner_state)
     direction, inner_state = update(updates, inner_state, params, finite=finite, **extra_args)
-    before = read_before(params, step_memory) if update.reads_params else None
+    params_part = read_before(params, step_memory) if update.reads_params else None
 
     def part_of(tree):
-        return before.part if before and tree is params else part_like(step_memory, tree)
+        return params_part if tree is params else part_like(step_memory, tree)
 
     part = update.again(updates, inner_state, params, finite, part_of)
     if not update.always_finite:
         direction, part = zero_unless(finite, direction), zero_unless(finite, part)
-    return direction, Remembered(part, before), inner_state
+    return direction, Remembered(part, update.reads_params), inner_state
 
 
 def move(
@@ -120,17 +119,13 @@ def move(
 ) -> tuple[PyTree, PyTree]:
     """See :func:`dartax._plain.move`."""
     structure: Any = jax.tree.structure(memory)
-    sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(direction)]
-    rows = [
-        _scalars(index, (rates, weights, keep), size > LAUNCH_BOUND)
-        for index, size in zip(blocks.index, sizes, strict=True)
-    ]
+    rows = [_scalars(index, (rates, weights, keep)) for index in blocks.index]
     leaf_rates, leaf_weights, leaf_keep = (
         jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(3)
     )
     memory = jax.tree.map(_accumulate, memory, remembered.part, leaf_weights, leaf_keep)
-    if remembered.before is not None:
-        leaf_rates = after_reading(leaf_rates, remembered.before, memory)
+    if remembered.reads_params:
+        leaf_rates = after_memory(leaf_rates, memory)
     return jax.tree.map(_scale, direction, leaf_rates), memory
 
 
@@ -147,22 +142,11 @@ def per_block(of_leaves: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 @jax.jit
-def _own(values: Any) -> Any:
-    return jax.lax.optimization_barrier(values)
-
-
-@jax.jit
-def _pick(index: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
-    return [jax.lax.dynamic_slice(value, [index], [1]).reshape(()) for value in values]
-
-
-def _scalars(index: jax.Array, values: tuple[jax.Array, ...], large: bool) -> list[jax.Array]:
+def _scalars(index: jax.Array, values: tuple[jax.Array, ...]) -> list[jax.Array]:
     """The values of one block, for a leaf.
 
     The index is an argument of the program. A constant would make every leaf's kernels a program
-    of their own: compilation would take 1.6 times as long with 24 tensors and twice as long with
-    148 (``dartax bench --sizes 1e7x24 124e6x148``).
+    of their own: on a CPU 24 tensors would take 1.5 times as long to compile, and 148 tensors twice
+    as long (``dartax bench --sizes 1e7x24 1.24e8x148``).
     """
-    # On a GPU common values make siblings of the kernels that read them. That is right for small
-    # leaves; what XLA tears apart for it is read twice, so a large leaf has values of its own.
-    return _pick(*(_own((index, values)) if large else (index, values)))
+    return [jax.lax.dynamic_slice(value, [index], [1]).reshape(()) for value in values]

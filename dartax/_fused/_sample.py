@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._fused._mesh import auto_sharded, is_split
-from dartax._fused._siblings import siblings
 
 PyTree = Any
 Shape = tuple[int, ...]
@@ -80,7 +79,11 @@ class Sample(NamedTuple):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gather(self, tensor: jax.Array) -> jax.Array:
-        """What :meth:`take` gives, for a GPU, where that reads every row that it chooses from."""
+        """What :meth:`take` gives, for a GPU, where that reads every row that it chooses from.
+
+        Gain: 33 bytes per parameter and step in place of 35 to 36
+        (``dartax bench --compile-for configs/bench/h100.txtpb --sizes 1e7x24 1.24e8x148``).
+        """
         axis, number, step, sources = self
         if tensor.ndim == 1:
             return tensor[: number * step : step]
@@ -141,9 +144,7 @@ def _take(samples: tuple[Sample, ...], tensors: list[jax.Array]) -> list[jax.Arr
     """One program for all of them, which ``init`` runs outside of any other."""
 
     def each(part: Callable[[Sample, jax.Array], jax.Array]):
-        return lambda tensors: siblings(
-            [part(*pair) for pair in zip(samples, tensors, strict=True)]
-        )
+        return lambda tensors: [part(*pair) for pair in zip(samples, tensors, strict=True)]
 
     if is_split(tensors):
         return auto_sharded(each(Sample.take), tensors, shape=sample_shape)
