@@ -125,7 +125,7 @@ def test_the_page_refers_to_nothing_outside(made):
     assert not {"script", "link", "iframe", "object", "base", "form"} & {
         tag for tag, _ in page.tags
     }
-    style = report.STYLE
+    style = report.TEMPLATE.read_text()
     assert "url(" not in style
     assert "@import" not in style
     (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv")]
