@@ -114,10 +114,17 @@ def load(
     *,
     workdir: str | None = None,
     seeds: int | None = None,
-    tasks: Sequence[str] | None = None,
-    optimizers: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
 ) -> CompareConfig:
-    """Reads a TOML file; arguments that are given replace a value or choose among names.
+    """Reads a TOML file.
+
+    Args:
+      path: The file.
+      workdir: Replaces the value in the file.
+      seeds: Replaces the value in the file.
+      tasks: If given, only these tasks are kept.
+      optimizers: If given, only these optimizers and the target are kept.
 
     Raises:
       ConfigError: If the file is missing or wrong, or a name is unknown.
@@ -129,7 +136,7 @@ def load(
     if seeds is not None:
         changes["seeds"] = seeds
     for key, names in (("tasks", tasks), ("optimizers", optimizers)):
-        if names is None:
+        if not names:
             continue
         table = getattr(config, key)
         for name in names:
