@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from dartax.experiments import plots
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 from dartax.experiments.plots import Columns
+from dartax.experiments.run_folder import read_summary
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 CAPTIONS = {
@@ -75,7 +75,7 @@ def page(workdir: Path, columns: Columns) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    summary = read_summary(workdir)
+    summary = read_summary(workdir) or {}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=workdir.resolve().name,
         lead=_lead(summary, columns),
@@ -88,25 +88,15 @@ def page(workdir: Path, columns: Columns) -> str:
     )
 
 
-def read_summary(workdir: Path) -> dict[str, Any]:
-    """Reads ``summary.json``; returns an empty dict if the file is missing or damaged."""
-    try:
-        summary = json.loads((workdir / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
 def _lead(summary: dict[str, Any], columns: Columns) -> str:
     """Describes the result in one sentence."""
-    try:
-        return (
-            f"Test loss {summary['test_loss']:.4f}, test accuracy "
-            f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
-            f"({summary['steps']:,} steps, {summary['wall_s']:,.0f} s)."
-        )
-    except (KeyError, TypeError, ValueError):
+    if not summary:
         return f"Not finished: {columns['step'][-1]:,.0f} steps so far."
+    return (
+        f"Test loss {summary['test_loss']:.4f}, test accuracy "
+        f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
+        f"({summary['steps']:,} steps, {summary['wall_s']:,.0f} s)."
+    )
 
 
 def _text(path: Path) -> str:

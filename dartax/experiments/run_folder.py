@@ -13,7 +13,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,18 +75,10 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     """Reads ``summary.json``; returns ``None`` if it is missing or damaged."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        figures = [summary[name] for name in SUMMARY_FIGURES]
-    except FileNotFoundError:
+        complete = all(isinstance(summary[name], int | float) for name in SUMMARY_FIGURES)
+    except (FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
         return None
-    except (KeyError, RecursionError, TypeError, ValueError):
-        figures = [None]
-    if all(isinstance(figure, int | float) for figure in figures):
-        return summary
-    print(
-        f"dartax: {workdir / 'summary.json'} is damaged; writing it again from the checkpoint.",
-        file=sys.stderr,
-    )
-    return None
+    return summary if complete else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
@@ -111,25 +102,21 @@ def _step(line: str) -> float:
 class MetricsFile:
     """Writes ``metrics.csv``: a header, then one row per logging interval."""
 
-    def __init__(self, path: Path | None, columns: Sequence[str], last_step: int):
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int):
         """Opens ``path`` and drops the rows after ``last_step``.
-
-        Without a path, rows are ignored. Only one process of a run writes.
 
         Raises:
           ConfigError: If the columns differ, or the rows do not reach ``last_step``.
         """
-        self._file = None
-        if path is None:
-            return
         text = path.read_text(errors="replace") if path.exists() else ""
         header, *lines = text.splitlines(keepends=True) or [""]
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
         expected = ",".join(columns) + "\n"
         if header not in ("", expected):
             raise ConfigError(
-                f"{path} must begin with the columns {expected[:40]}..., got {header[:40]!r}; end "
-                "that run with the dartax that began it, or start again with another --workdir."
+                f"{path} must begin with the columns {expected[:40]}..., got {header[:40]!r}; "
+                "finish that run with the dartax that began it, or start again with another "
+                "--workdir."
             )
         reached = _step(kept[-1]) if kept else 0
         if reached != last_step:
@@ -143,19 +130,16 @@ class MetricsFile:
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row; missing columns stay empty."""
-        if self._file is not None:
-            self._writer.writerow(row)
-            self._file.flush()
+        self._writer.writerow(row)
+        self._file.flush()
 
     def sync(self) -> None:
         """Waits until the rows are on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def git_commit() -> str | None:
