@@ -454,7 +454,7 @@ DAMAGES = {
         resave(without_a_layer), 2, [r"of this model and optimizer, got .* of another \(.*Dense_0"]),
     "checkpoint of another version": (
         resave(version=99), 2,
-        [r"workdir must hold checkpoints of state version \d+, got version 99 in 'a/checkpoints'; end that run with the dartax that began it"]),
+        [r"workdir must hold checkpoints of state version \d+, got version 99 in 'a/checkpoints'; finish that run with the dartax that began it"]),
     "checkpoints of an earlier dartax": (put("checkpoints/66.msgpack", b""), 2, EARLIER),
     "older ones": (lambda run: (run / "checkpoints/66").mkdir(), 2, EARLIER),
     "metrics.csv missing": (lambda run: (run / "metrics.csv").unlink(), 2, [NOT_REACHED + " 0; put that file back"]),

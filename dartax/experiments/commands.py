@@ -108,8 +108,7 @@ def bench(
       dtype: Type of the parameters and gradients.
       rounds: Number of times that each optimizer takes its turn.
       draws: Number of gamma draws to time.
-      compile_for: File that describes a GPU. Only compile for that GPU, and count the bytes that a
-        step would move.
+      compile_for: File that describes a GPU: only compile for it, and count the bytes of a step.
       workdir: Folder of the results.
     """
     from dartax.experiments import bench as bench_lib

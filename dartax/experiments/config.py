@@ -60,8 +60,7 @@ class OptimizerConfig:
     ] = "dart"
     """Name of the optimizer."""
     inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion"] = "adam"
-    """Inner transform of dart; other optimizers have their own direction. adam is the default of
-    dart. optax_adam is Adam as in optax, with a slower decay of the second moment."""
+    """Inner transform of dart. The second moment of optax_adam has a longer memory than adam."""
     blocks: Literal["tensor", "channel", "element"] = "tensor"
     """Size of a block of dart. Each block has its own learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
@@ -107,8 +106,7 @@ class Config:
     workdir: str = "runs/digits"
     """Run folder. If it already holds this run, the run is resumed."""
     mesh: tuple[int, ...] = ()
-    """Number of devices along the data axis and, optionally, along the model axis. By default, all
-    devices go to the data axis."""
+    """Devices along the data axis and, optionally, along the model axis. [] uses all devices."""
     log_steps: int = 20
     """Steps per row of metrics.csv. The last row of an epoch may cover fewer."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
@@ -176,7 +174,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     if origin is None and isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
     expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
-    raise ConfigError(f"{name} must be of type {expected}, got {value!r}; mend that value.")
+    raise ConfigError(f"{name} must be of type {expected}, got {value!r}; fix that value.")
 
 
 def _from_table(table: Any, schema: type, prefix: str = "") -> Any:
@@ -209,7 +207,7 @@ def load(path: str | Path, schema: type = Config) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:  # also bad UTF-8, 5,000 digits, deep nesting
         raise ConfigError(
-            f"CONFIG must be valid TOML, got {str(path)!r} ({error}); mend that line."
+            f"CONFIG must be valid TOML, got {str(path)!r} ({error}); fix that line."
         ) from error
     return _from_table(table, schema)
 

@@ -19,7 +19,7 @@ class DataError(RuntimeError):
 
 
 class Dataset(NamedTuple):
-    """Training and test examples. Published splits are kept.
+    """Training and test examples, split as published.
 
     Attributes:
       train_x: float32, ``[examples, features]`` or ``[examples, height, width, channels]``.
@@ -108,7 +108,7 @@ def mnist() -> Dataset:
 
 
 def cifar10() -> Dataset:
-    """Loads CIFAR-10, or a part of it: color images ``[n, 32, 32, 3]``.
+    """Loads CIFAR-10, or a part of it, from ``cifar10_small.npz``.
 
     Raises:
       DataError: If the file is missing or damaged.
