@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dartax.experiments import compare
-from dartax.experiments.compare import CompareConfig
+from dartax.experiments.compare import CompareConfig, geometric_mean
 
 Cells = Mapping[str, Mapping[str, Any]]
 
@@ -66,11 +65,6 @@ def width(values: Sequence[float], mean_loss: np.ndarray) -> float:
             edge += (x[beyond] - x[at]) * (BASIN - y[at]) / (y[beyond] - y[at])
         edges.append(edge)
     return float(edges[1] - edges[0])
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Returns the geometric mean; NaN without values."""
-    return float(compare.geometric_mean(values)) if len(values) else np.nan
 
 
 def profile(steps: np.ndarray, taus: np.ndarray) -> np.ndarray:
@@ -203,7 +197,8 @@ def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
             name = min(present, key=lambda n: cells[n]["mean"])
             ratio = cells[dart[0]]["mean"] / cells[name]["mean"]
             best[task] = {"optimizer": name, "ratio": ratio}
-    return {"tasks": best, "ratio": geometric_mean([b["ratio"] for b in best.values()])}
+    ratios = [peer["ratio"] for peer in best.values()]
+    return {"tasks": best, "ratio": geometric_mean(ratios) if ratios else np.nan}
 
 
 def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:

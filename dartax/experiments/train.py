@@ -31,6 +31,7 @@ from dartax.experiments.run_folder import (
     write_json,
 )
 from dartax.experiments.signals import HeldSignals
+from dartax.experiments.tasks import cross_entropy
 
 PyTree = Any
 
@@ -54,17 +55,6 @@ class Functions(NamedTuple):
     interval: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[TrainState], tuple[jax.Array, jax.Array]]
     rates: Callable[[TrainState], dict[str, jax.Array]]
-
-
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy of a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
-def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the training loss of a batch."""
-    logits: Any = model.apply({"params": params}, x)
-    return cross_entropy(logits, y)
 
 
 def compile_functions(
@@ -93,12 +83,14 @@ def compile_functions(
     def interval(state, x, y, batches, first, last):
         """Runs steps ``first`` to ``last`` of an epoch; returns the new state and the mean loss."""
 
+        def loss_fn(params, batch):
+            logits: Any = model.apply({"params": params}, x[batch])
+            return cross_entropy(logits, y[batch])
+
         def step(i, carry):
             (params, opt_state), total = carry
             batch = devices.split_batch(mesh, batches[i])
-            loss, grads = jax.value_and_grad(functools.partial(loss_fn, model))(
-                params, x[batch], y[batch]
-            )
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
             return TrainState(optax.apply_updates(params, updates), opt_state), total + loss
 
