@@ -25,7 +25,7 @@ def distill_schedule(run: Any) -> dict[str, optax.Schedule]:
 
     Args:
       run: What was recorded of a run, in any form that :mod:`dartax.plot` takes: a sequence of
-        ``dartax.metrics(opt_state, params)``, a mapping of columns, or the path of a run folder.
+        ``dartax.metrics(opt_state, params)``, a mapping of columns, or a path.
         Read are ``step`` and ``expected_rate/PATH``, with ``dart/`` in front or not. A missing
         rate (``None`` or NaN) is left out.
 

@@ -1,4 +1,4 @@
-"""Recorded metrics as arrays: what :mod:`dartax.plot` draws."""
+"""Recorded metrics as arrays, for :mod:`dartax.plot` and :func:`dartax.distill_schedule`."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 
 from dartax._describe import block_name, common_folder
 
-# A leaf's column, such as expected_rate/Dense_0/kernel, behind the label of its DART.
+# The column of a leaf, such as expected_rate/Dense_0/kernel. The label of its DART may precede it.
 LEAF = re.compile(r"(?:(?P<label>.*?)/)?expected_rate/(?P<path>.+)")
 Names = Sequence[str] | None
 Steps = Sequence[float] | None
@@ -22,17 +22,17 @@ OF_LEAVES = ("rate", "expected_rate", "rate_std", "concentration")
 OF_DARTS = ("concentration_total", "spent", "multiplier", "min_rate", "rate_budget")
 
 
-def read_rows(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a ``metrics.csv``; an empty cell is ``None``, a row cut short ends the file.
+def read_csv(path: Path) -> list[dict[str, float | None]]:
+    """Reads the rows of a CSV file of numbers; an empty cell becomes ``None``.
 
     Raises:
+      OSError: If the file cannot be read.
       ValueError: If a cell is not a number.
     """
-    if not path.exists():
-        return []
     rows = []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        # A kill can leave a last line without its end: only whole lines count.
+        # A last line without a newline may be incomplete: the program that writes it may be running
+        # or may have been killed.
         lines = [line for line in file if line.endswith("\n")]
     try:
         for row in csv.DictReader(lines):
@@ -47,14 +47,14 @@ def read_rows(path: Path) -> list[dict[str, float | None]]:
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What was recorded of B blocks at T steps.
+    """Recorded values of B blocks at T steps.
 
     Attributes:
       step: Number of updates, ``[T]``.
-      paths: The leaves of every block.
-      labels: The DART of every block: the label of ``optax.partition``, or "".
-      columns: The values of blocks, ``[T, B]``, by the names in ``OF_LEAVES`` and ``OF_DARTS``;
-        without those that were not recorded.
+      paths: For each block, the paths of its leaves.
+      labels: For each block, the label of its DART in ``optax.partition``, or "".
+      columns: The recorded values by name, each ``[T, B]``. The names come from ``OF_LEAVES`` and
+        ``OF_DARTS``.
     """
 
     step: np.ndarray
@@ -63,7 +63,11 @@ class History:
     columns: dict[str, np.ndarray]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The values ``[T, B]`` of a column, or a sentence on what is missing."""
+        """Returns the values ``[T, B]`` of a column.
+
+        Raises:
+          ValueError: If the column was not recorded.
+        """
         if name not in self.columns:
             per_leaf = "/PATH of every leaf" if name in OF_LEAVES else ""
             raise ValueError(
@@ -73,18 +77,18 @@ class History:
         return self.columns[name]
 
     def names(self, width: int) -> list[str]:
-        """A name of at most ``width`` characters for every block, without what all begin with."""
+        """Names the blocks in at most ``width`` characters each, without their common prefix."""
         folder = common_folder(self.paths)
         return [
             block_name([path.removeprefix(folder) for path in paths], width) for paths in self.paths
         ]
 
     def texts(self, width: int) -> list[str]:
-        """The names as matplotlib takes them: a dollar begins no formula."""
+        """Like :meth:`names`, with dollar signs escaped for matplotlib."""
         return [name.replace("$", r"\$") for name in self.names(width)]
 
     def rows(self, steps: Steps, num: int) -> list[int]:
-        """The rows recorded nearest to ``steps``; by default ``num`` of them, evenly spaced."""
+        """Returns the row nearest to each of ``steps``; by default ``num`` evenly spaced rows."""
         if steps is None:
             return sorted(set(np.linspace(0, len(self.step) - 1, num).round().astype(int)))
         first, last = self.step[0], self.step[-1]
@@ -97,7 +101,7 @@ class History:
         return sorted({int(np.argmin(np.abs(self.step - step))) for step in steps})
 
     def select(self, blocks: Names) -> "History":
-        """The blocks of the named leaves, in the order of the names; ``None`` is all."""
+        """Keeps the blocks of the named leaves, in the order of the names; ``None`` keeps all."""
         if blocks is None:
             return self
         if isinstance(blocks, str):
@@ -125,11 +129,15 @@ class History:
 
 
 def load(metrics: Any) -> History:
-    """Reads what :mod:`dartax.plot` takes; see there.
+    """Converts ``metrics``, in any form that :mod:`dartax.plot` accepts.
+
+    Args:
+      metrics: A sequence of metrics dicts, a mapping of columns, or the path of a CSV file whose
+        header names the metrics. The path may be that of a folder with a ``metrics.csv``.
 
     Raises:
       TypeError: If ``metrics`` is of another kind.
-      ValueError: If it holds no rates of leaves.
+      ValueError: If ``metrics`` has no learning rates of leaves.
     """
     columns = _columns(metrics)
     leaves = [match for match in map(LEAF.fullmatch, columns) if match]
@@ -149,7 +157,7 @@ def load(metrics: Any) -> History:
             found[name] = np.stack([columns[key] for key in keys], axis=1)
     steps = columns.get("step", columns.get(prefixes[0] + "step"))
     step = np.arange(len(found["expected_rate"])) if steps is None else steps
-    # A log may have rows of other things in between.
+    # A log may also have rows without learning rates.
     kept = np.isfinite(found["expected_rate"]).any(axis=1) & np.isfinite(step)
     if not kept.any():
         raise ValueError(
@@ -165,7 +173,7 @@ def load(metrics: Any) -> History:
 
 
 def _joined(history: History) -> History:
-    """Leaves that share a block become one: they drew the same rates at every step."""
+    """Joins leaves that share a block, which have the same drawn rate at every step."""
     rate = history.columns.get("rate")
     if rate is None or not np.any(rate > 0):
         return history
@@ -180,14 +188,15 @@ def _joined(history: History) -> History:
 
 
 def _columns(metrics: Any) -> dict[str, np.ndarray]:
-    """The columns of interest as float arrays of one length, without the prefix ``dart/``."""
+    """Returns the columns that are drawn, as float arrays, without the prefix ``dart/``."""
     if isinstance(metrics, str | os.PathLike):
-        path = Path(metrics) / "metrics.csv"
-        rows: Any = read_rows(path)
+        path = Path(metrics)
+        path = path / "metrics.csv" if path.is_dir() else path
+        rows: Any = read_csv(path) if path.is_file() else []
         if not rows:
             raise ValueError(
-                f"metrics must be a run folder with a metrics.csv of at least one row, got "
-                f"{os.fspath(metrics)!r}; pass the workdir of a dartax train."
+                "metrics must be a CSV file with a header and at least one row, or a folder with a "
+                f"metrics.csv, got {os.fspath(metrics)!r}; pass the path of such a file."
             )
     elif hasattr(metrics, "keys") and hasattr(metrics, "__getitem__"):
         names = {str(name).removeprefix("dart/"): name for name in metrics.keys()}  # noqa: SIM118
@@ -206,14 +215,14 @@ def _columns(metrics: Any) -> dict[str, np.ndarray]:
         rows = [metrics]
     if not all(isinstance(row, dict) for row in rows):
         raise TypeError(
-            "metrics must be a sequence of dicts, a mapping of columns or the path of a run "
-            f"folder, got {type(metrics).__name__}; record dartax.metrics(opt_state, params)."
+            "metrics must be a sequence of dicts, a mapping of columns or the path of a CSV "
+            f"file, got {type(metrics).__name__}; record dartax.metrics(opt_state, params)."
         )
     return _stack(rows)
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows as columns; what a row lacks is NaN."""
+    """Converts rows to columns; a missing value becomes NaN."""
     kept = jax.device_get(
         [
             {short: row[name] for name in row if _of_dart(short := name.removeprefix("dart/"))}
@@ -229,6 +238,6 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def _of_dart(name: str) -> bool:
-    """Whether a column, without the prefix ``dart/``, is one that is drawn."""
+    """Tells whether a column, named without the prefix ``dart/``, is drawn."""
     parts = str(name).split("/")
     return parts[-1] in ("step", *OF_DARTS) or any(part in OF_LEAVES for part in parts[:-1])

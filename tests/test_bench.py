@@ -52,7 +52,7 @@ def test_bench_measures_and_draws(capsys):
         (["--dtype", "int8"], "dtype must be float32, bfloat16 or float16, got 'int8'"),
         (["--workdir", "/dev/null/a"], "workdir must be a writable folder, got '/dev/null/a'"),
         (["--compile-for", "none"], "compile-for must be a file that can be read, got 'none' .* pass e.g. configs/bench/h100.txtpb."),
-        (["--compile-for", __file__], "compile-for must describe a GPU .* pip install jax-cuda12-plugin==.* or mend the description."),
+        (["--compile-for", __file__], "compile-for must describe a GPU .* pip install jax-cuda12-plugin==.* or fix the description."),
     ],
 )  # fmt: skip
 def test_bad_bench(arguments, match, capsys):

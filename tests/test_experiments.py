@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import json
 import shutil
 import urllib.error
@@ -58,7 +59,7 @@ def test_bad_optimizer_configs(optimizer, match):
 
 def test_command_line_messages(capsys, tmp_path):
     assert cli.main(["train"]) == 2
-    assert "train needs CONFIG" in capsys.readouterr().err
+    assert "train must be followed by CONFIG, a TOML file, got none" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
@@ -252,8 +253,8 @@ def test_damaged_mnist(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
     whole = gzip.compress(b"\0\0\x08\x01" + bytes(1000))
     for content, match in (
-        (whole[:-10], "must be a whole, readable file"),
-        (b"not gzip", "must be a whole, readable file"),
+        (whole[:-10], "must be a complete, readable file"),
+        (b"not gzip", "must be a complete, readable file"),
         (whole, "must be the published MNIST file, got 1,004 bytes"),
     ):
         (folder / "train-images-idx3-ubyte.gz").write_bytes(content)
@@ -264,12 +265,31 @@ def test_damaged_mnist(monkeypatch, tmp_path, capsys):
 
 
 def test_downloads_are_kept_and_checked(monkeypatch, tmp_path, serve):
-    asked = serve(gzip.compress(b"something else"))
+    raw = b"\0\0\x08\1" + np.array([3], ">u4").tobytes() + bytes(range(3))
+    asked = serve(gzip.compress(raw))
     monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
-    with pytest.raises(data.DataError, match="must be the published MNIST file"):
+    with pytest.raises(data.DataError, match="train-images-idx3-ubyte.gz must be the published MNIST file, got another content; try again, or set DARTAX_DATA_DIR"):  # fmt: skip
         data.load("mnist")
     assert asked == [data.MNIST_URL + "train-images-idx3-ubyte.gz"]
-    assert [path.name for path in (tmp_path / "mnist").iterdir()] == ["train-images-idx3-ubyte.gz"]
+    assert not list((tmp_path / "mnist").iterdir())
+
+    for name in data.MNIST_SHA256:
+        monkeypatch.setitem(data.MNIST_SHA256, name, hashlib.sha256(raw).hexdigest())
+    for _ in range(2):
+        np.testing.assert_array_equal(data.load("mnist").test_y, range(3))
+    assert asked[1:] == [f"{data.MNIST_URL}{name}.gz" for name in data.MNIST_SHA256]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "mnist").iterdir()} == dict.fromkeys(data.MNIST_SHA256, raw)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(bytes(1000))[:-10]])
+def test_downloads_that_cannot_be_read(content, monkeypatch, tmp_path, serve, capsys):
+    serve(content)
+    monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
+    assert cli.main(["train", str(CONFIGS / "mnist.toml")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "set DARTAX_DATA_DIR to a folder that holds mnist/train-images" in message
+    assert not list((tmp_path / "mnist").iterdir())
 
 
 def test_plot_of_many_blocks(tmp_path):

@@ -33,13 +33,20 @@ def read_tensorboard(folder):
     return scalars, events.Histograms("rates/log10")
 
 
+def log_rows(config, rows, columns, last_step):
+    """Logs rows as a run does that goes on from the checkpoint of a step."""
+    opened = logs.open_logs(config, Path(config.workdir), columns, last_step)
+    for log in opened:
+        for row in rows:
+            log.write({name: value for name, value in row.items() if value is not None})
+        log.close()
+
+
 def interrupted(config, step):
     """What a kill leaves that comes after a row was written and before the next checkpoint."""
-    workdir = Path(config.workdir)
-    metrics = (workdir / "metrics.csv").read_text().splitlines(keepends=True)
-    writer = logs.open_writer(config, workdir, metrics[0].strip().split(","), last_step=step)
-    writer.write({"step": step + 11, "train_loss": 7.0, "rate/Dense_0/bias": 0.5})
-    writer.close()
+    columns = list(read_metrics(Path(config.workdir, "metrics.csv"))[0])
+    row = {"step": step + 11, "train_loss": 7.0, "rate/Dense_0/bias": 0.5}
+    log_rows(config, [row], columns, step)
 
 
 def test_tensorboard_holds_every_row_once_after_a_kill():
@@ -50,10 +57,7 @@ def test_tensorboard_holds_every_row_once_after_a_kill():
 
     interrupted(config, 22)
     assert read_tensorboard("runs/a/tensorboard")[0]["train_loss"][-1] == (33, 7.0)
-    writer = logs.open_writer(config, Path("runs/a"), list(rows[0]), last_step=22)
-    for row in rows[2:]:
-        writer.write({name: value for name, value in row.items() if value is not None})
-    writer.close()
+    log_rows(config, rows[2:], list(rows[0]), last_step=22)
 
     scalars, histograms = read_tensorboard("runs/a/tensorboard")
     assert set(scalars) == set(rows[0]) - {"step"}
@@ -100,10 +104,7 @@ def test_wandb_gets_every_row_once_after_a_kill(fake_wandb):
     rows = read_metrics(Path("runs/a/metrics.csv"))
     Path("runs/a/summary.json").unlink()
     # The kill took the last checkpoint with it: the run goes on from the step before, 22.
-    writer = logs.open_writer(config, Path("runs/a"), list(rows[0]), last_step=22)
-    for row in [*rows[2:], {**rows[-1], "step": 55}]:
-        writer.write(row)
-    writer.close()
+    log_rows(config, [*rows[2:], {**rows[-1], "step": 55}], list(rows[0]), last_step=22)
 
     first, second = fake_wandb
     assert first.arguments["id"] == second.arguments["id"]

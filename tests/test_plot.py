@@ -157,6 +157,7 @@ def test_a_log_may_have_many_forms(rows, tmp_path):
     columns = as_columns(rows)
     short = {name.removeprefix("dart/"): values for name, values in columns.items()}
     pd.DataFrame(short).to_csv(tmp_path / "metrics.csv", index=False)
+    pd.DataFrame(columns).to_csv(tmp_path / "of_a_logger.csv", index=False)
     with_other_rows = [{"loss": 1.0}, *({"loss": "high", **row} for row in rows), {"dart/step": 99}]
     forms = [
         columns,
@@ -164,6 +165,8 @@ def test_a_log_may_have_many_forms(rows, tmp_path):
         pd.DataFrame(columns),
         str(tmp_path),
         tmp_path,
+        tmp_path / "metrics.csv",
+        str(tmp_path / "of_a_logger.csv"),
         with_other_rows,
         iter(rows),
     ]
@@ -295,7 +298,7 @@ BAD = [
     (lambda: plot.heatmap([1.0, 2.0]), TypeError, "metrics must be a sequence of dicts, .* got list; record"),
     (lambda: plot.heatmap([]), ValueError, "metrics must hold expected_rate/PATH of every leaf, got nothing"),
     (lambda: plot.heatmap([{"dart/step": 1}]), ValueError, "metrics must hold expected_rate/PATH of every leaf, got step"),
-    (lambda: plot.heatmap("nowhere"), ValueError, "metrics must be a run folder .* got 'nowhere'"),
+    (lambda: plot.heatmap("nowhere"), ValueError, "metrics must be a CSV file with a header .* or a folder with a metrics.csv, got 'nowhere'; pass"),
     (lambda: plot.heatmap({**GOOD, "spent": np.ones(3)}), ValueError, "metrics must have columns of one length, got the shapes"),
     (lambda: plot.heatmap({"expected_rate/a": [np.nan]}), ValueError, "metrics must hold at least one row with rates"),
     (lambda: plot.learning_rates(without(GOOD, "rate_std")), ValueError, "metrics must hold rate_std/PATH of every leaf, got .*; record"),

@@ -50,7 +50,14 @@ def make_run(folder, blocks=(EVIL, "Dense_0/kernel", "Dense_1/kernel"), steps=6)
         (folder / "rates.txt").write_text(table + "\n", encoding="utf-8")
     name = "dart" if blocks else "adamw"
     config.save(Config(optimizer=OptimizerConfig(name=name)), folder / "config.toml")
-    summary = {"test_loss": 0.7, "test_accuracy": 0.9, "epochs": 6, "steps": 60, "wall_s": 3.0}
+    summary = {
+        "test_loss": 0.7,
+        "test_accuracy": 0.9,
+        "train_loss": 0.5,
+        "epochs": 6,
+        "steps": 60,
+        "wall_s": 3.0,
+    }
     write_json(folder / "summary.json", {**summary, "versions": {"jax": EVIL}, "mesh": [1, 1]})
     return folder
 
@@ -125,7 +132,7 @@ def test_the_page_refers_to_nothing_outside(made):
     assert not {"script", "link", "iframe", "object", "base", "form"} & {
         tag for tag, _ in page.tags
     }
-    style = report.STYLE
+    style = report.TEMPLATE.read_text()
     assert "url(" not in style
     assert "@import" not in style
     (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv")]

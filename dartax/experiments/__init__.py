@@ -1,1 +1,1 @@
-"""Training and plotting from the command line; needs the extra ``train``."""
+"""Training, comparison and plots from the command line; needs the extra ``train``."""

@@ -1,7 +1,7 @@
 """Variants of ``dart``, each without one of its parts.
 
-What an argument of ``dart`` can switch off needs no variant: ``concentration = 1e4`` draws nearly
-the means, ``memory_decay = 0`` is the one-step hypergradient.
+Parts that an argument of ``dart`` can turn off need no variant: ``concentration=1e4`` makes nearly
+every draw equal to the mean, and ``memory_decay=0`` gives the one-step hypergradient.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from dartax.inner import adam
 
 
 def frozen(rule: Rule) -> Rule:
-    """The concentrations stay where they start."""
+    """Keeps the initial concentrations."""
     return rule._replace(
         learn=lambda current, draw, h, moments, context: (current, moments, jnp.ones_like(h))
     )
 
 
 def shuffled(rule: Rule) -> Rule:
-    """Every block learns from the hypergradient of another."""
+    """Makes each block learn from the hypergradient of another block."""
 
     def learn(current, draw, h, moments, context):
         return rule.learn(current, draw, jnp.roll(h, 1), moments, context)
@@ -32,7 +32,7 @@ def shuffled(rule: Rule) -> Rule:
 
 
 def mean_field(rule: Rule) -> Rule:
-    """The gradient of the mean rate: log gamma is taken to move as log concentration does."""
+    """Uses the gradient of the mean rate, as if d log gamma / d log concentration were 1."""
 
     def learn(current, draw, h, moments, context):
         draw = draw._replace(log_derivative=jnp.ones_like(draw.log_derivative))
@@ -42,14 +42,14 @@ def mean_field(rule: Rule) -> Rule:
 
 
 def _moves(moments: Moments, num: jax.Array) -> jax.Array:
-    """s, the short average over the root of the second moment; ``[K]``."""
+    """Returns s, the short average divided by the root of the second moment; ``[K]``."""
     root = jnp.sqrt(debias(moments.hyper_nu, _dart.B2, num))
     s = -debias(moments.hyper_mu, _dart.B1, num) / jnp.where(root > 0, root, 1.0)
     return jnp.where(root > 0, jnp.clip(s, -1.0, 1.0), 0.0)
 
 
 def no_ratchet(rule: Rule) -> Rule:
-    """Rates shrink as readily as they grow."""
+    """Lets rates shrink as fast as they grow."""
 
     def learn(current, draw, h, moments, context):
         _, moments, _ = rule.learn(current, draw, h, moments, context)
@@ -57,7 +57,7 @@ def no_ratchet(rule: Rule) -> Rule:
             moments, context.num
         )
         moved = current * jnp.exp(jnp.append(change, 0.0))
-        # The least concentration of a block stays what it is at the start: the level of the draws.
+        # The smallest concentration of a block sets the spread of the draws: keep it constant.
         moved *= jnp.min(current[:-1]) / jnp.min(moved[:-1])
         moved = jnp.clip(moved, _dart.MIN_CONCENTRATION, _dart.MAX_CONCENTRATION)
         return moved, moments, jnp.ones_like(h)
@@ -66,13 +66,13 @@ def no_ratchet(rule: Rule) -> Rule:
 
 
 def no_slack(rule: Rule) -> Rule:
-    """The whole budget is always spent: only its allocation is learned."""
+    """Always spends the whole budget, and learns only its allocation."""
 
     def init(num_blocks):
         return rule.init(num_blocks)[:-1]
 
     def learn(current, draw, h, moments, context):
-        # The slack is there again, but too small to be drawn.
+        # The rule expects the slack: pass one that is too small to matter.
         padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
         _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, context)
         s = _moves(moments, context.num)
@@ -88,7 +88,7 @@ def _factory(
     blocks: Callable[[str], int] | None = None,
     whole_memory: bool = False,
 ) -> Callable[..., optax.GradientTransformation]:
-    """A factory with the arguments of ``dart`` that ablations need."""
+    """Makes a factory with the arguments of ``dart`` that ablations need."""
 
     def factory(
         learning_rate: optax.ScalarOrSchedule = 1.0,

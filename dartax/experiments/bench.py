@@ -1,7 +1,8 @@
-"""What a step costs: time, memory traffic, state and compilation, side by side in one run.
+"""Benchmark of a step: time, memory traffic, state and compilation of many optimizers.
 
-The optimizers take turns, a few steps each, so that all of them see the same noise of the machine;
-the ratio of an optimizer is the median over the rounds of its time over the target's in that round.
+The optimizers take turns of a few steps each, so noise of the machine affects all of them alike. In
+each round, the time of an optimizer is divided by the time of the target. The reported ratio is the
+median over the rounds.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from dartax.experiments.traffic import Traffic, traffic
 PyTree = Any
 
 TARGET = "adamw"
-# What else dart is asked for, beside the optimizers by name.
+# Variants of dart, as fields of OptimizerConfig.
 VARIANTS: dict[str, dict[str, Any]] = {
     "dart_weight_decay": {"options": {"weight_decay": 1e-4}},
     "dart_memory_decay_0": {"options": {"memory_decay": 0.0}},
@@ -37,25 +38,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dart_channel": {"blocks": "channel"},
     "dart_element": {"blocks": "element"},
 }
-# The target with a look at all gradients before it moves anything, as dart takes one.
+# Variants of the target that, like dart, read all gradients before they update any parameter.
 WRAPPED: dict[str, Callable[[optax.GradientTransformation], optax.GradientTransformation]] = {
     "adamw_clipped": lambda adamw: optax.chain(optax.clip_by_global_norm(1.0), adamw),
     "adamw_if_finite": lambda adamw: optax.apply_if_finite(adamw, max_consecutive_errors=5),
 }
 PEERS = ("paper_dart", "prodigy", "d_adaptation", "mechanic", "dowg", "momo_adam")
 DEFAULT = (TARGET, *WRAPPED, "dart", *VARIANTS, *PEERS)
-# A turn takes so many steps, to leave the caches as a run of its own would, and more while it takes
-# less than this: a GPU that is given steps ahead should not wait for most of them.
+# A turn has at least STEPS steps, so that the caches are as in a run of one optimizer. It has more,
+# up to MOST_STEPS, if it would be shorter than TURN_S: then a GPU can queue steps ahead.
 STEPS, TURN_S, MOST_STEPS = 3, 0.1, 100
-# The sides of large matrices are multiples of this.
+# The sides of large matrices are multiples of WIDTH.
 WIDTH = 64
-# Steps that the schedules span; nothing here depends on it.
+# Length of the schedules, which does not affect the results.
 HORIZON = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model as an optimizer sees it: so many parameters, in so many tensors."""
+    """The size of a model: the number of its parameters and of its tensors."""
 
     parameters: int
     tensors: int
@@ -65,7 +66,7 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> "Size":
-        """Reads ``10000000x24``; 1e7 is a number too."""
+        """Parses text such as ``10000000x24`` or ``1e7x24``."""
         try:
             parameters, tensors = (float(number) for number in text.split("x"))
         except ValueError:
@@ -79,10 +80,10 @@ class Size:
 
 
 def make_params(size: Size, dtype: Any) -> PyTree:
-    """Square matrices and, one for each, vectors as long as their side, about ``size``."""
+    """Makes square matrices, each with a bias vector, of about ``size`` in total."""
     layers = size.tensors // 2
     side = max(1, round((size.parameters / layers) ** 0.5))
-    # As in models: of rows of an odd length XLA's kernels on a GPU read one element at a time.
+    # Large models have such sides. With odd ones, GPU kernels of XLA read one element at a time.
     side = WIDTH * round(side / WIDTH) if side >= 4 * WIDTH else side
     return [
         {"kernel": jnp.full((side, side), 0.02, dtype), "bias": jnp.zeros(side, dtype)}
@@ -91,7 +92,7 @@ def make_params(size: Size, dtype: Any) -> PyTree:
 
 
 def make_step(name: str) -> tuple[optax.GradientTransformationExtraArgs, Callable[..., Any]]:
-    """An optimizer, and its step: from parameters, state and gradients to the next two."""
+    """Returns an optimizer, and a function that updates parameters and state from gradients."""
     variant = VARIANTS.get(name, {})
     known: Any = TARGET if name in WRAPPED else "dart" if variant else name  # checked by check
     rate = 1.0 if optimizers.has_rates(known) else 1e-3
@@ -107,7 +108,7 @@ def make_step(name: str) -> tuple[optax.GradientTransformationExtraArgs, Callabl
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds of one call, on average over a turn; the first one only warms up."""
+    """Returns the mean seconds of a call over a turn, after a warm-up call."""
     jax.block_until_ready(call())
     start = time.perf_counter()
     jax.block_until_ready(call())
@@ -120,13 +121,13 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 class Contender:
-    """A compiled step of one optimizer, with its own parameters and state, and what it took."""
+    """One optimizer with a compiled step, its own parameters and state, and its times."""
 
     def __init__(self, name: str, size: Size, dtype: Any):
-        """Compiles the step, parameters and state donated."""
+        """Compiles the step, with donated parameters and state."""
         optimizer, step = make_step(name)
         self.params = make_params(size, dtype)
-        # Copies: some optimizers put the parameters themselves into their state.
+        # Some optimizers put the parameters into their state, and an array is donated only once.
         self.state = jax.tree.map(jnp.copy, optimizer.init(self.params))
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=(0, 1)).lower(self.params, self.state, self.params)
@@ -137,7 +138,7 @@ class Contender:
         self.times: list[float] = []
 
     def turn(self, grads: PyTree) -> None:
-        """Takes a few steps and notes the seconds of one."""
+        """Takes a few steps and records the mean seconds of a step."""
 
         def step():
             self.params, self.state = self.compiled(self.params, self.state, grads)
@@ -146,19 +147,19 @@ class Contender:
         self.times.append(timed(step))
 
     def traffic(self) -> Traffic:
-        """The kernels of a step, and what it reads and writes."""
+        """Counts the kernels of a step and the bytes that it reads and writes."""
         counted = traffic(self.compiled.as_text() or "")
-        # Both counts can be too high: XLA's where a kernel gathers, ours where it updates a part.
-        analysis: Any = self.compiled.cost_analysis() or {}  # not of every device
+        # Both counts can be too high: that of XLA for gathers, ours for updates of a part.
+        analysis: Any = self.compiled.cost_analysis() or {}  # some devices have none
         return counted._replace(bytes=min(counted.bytes, analysis.get("bytes accessed", np.inf)))
 
     def state_bytes(self) -> int:
-        """Memory of the optimizer state."""
+        """Returns the size of the optimizer state."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
 
 
 def bandwidth(dtype: Any, size: int) -> Callable[[], float]:
-    """Measures bytes per second of the plainest pass: read an array, write it."""
+    """Measures the bytes per second of a plain pass, which reads and writes an array."""
     pass_over = jax.jit(lambda x: x + 1, donate_argnums=0)
     array = [pass_over(jnp.zeros(size, dtype))]
 
@@ -170,7 +171,7 @@ def bandwidth(dtype: Any, size: int) -> Callable[[], float]:
 
 
 def measure_draws(count: int) -> dict[str, float]:
-    """Milliseconds of ``count`` gamma draws with their gradient: ours, and those of JAX."""
+    """Times ``count`` gamma draws with their gradient, of dartax and of JAX, in milliseconds."""
     concentration = jnp.full(count, 10.0, jnp.float32)
     samplers: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
         "fast": lambda key, a: random.loggamma(key, a, method="fast"),
@@ -196,12 +197,12 @@ def measure_draws(count: int) -> dict[str, float]:
 def measure(
     size: Size, names: Sequence[str], dtype: Any, rounds: int, bar: Any
 ) -> tuple[dict[str, dict[str, float]], float]:
-    """Times the optimizers ``names`` on one size, in turns.
+    """Times the optimizers ``names`` in turns, on a model of one size.
 
     Returns:
-      For every optimizer: ``ms`` per step, ``ratio`` of it to the target's, ``kernels``,
-      ``bytes_accessed`` and ``state_bytes`` per parameter, ``bandwidth`` (achieved over that of a
-      plain pass), ``trace_s`` and ``compile_s``; and the bytes per second of a plain pass.
+      A dict and the bytes per second of a plain pass. For each optimizer, the dict holds ``ms`` per
+      step, the ``ratio`` to the target, ``kernels``, ``bytes_accessed`` and ``state_bytes`` per
+      parameter, ``bandwidth`` relative to a plain pass, ``trace_s`` and ``compile_s``.
     """
     contenders = {}
     for name in names:
@@ -236,10 +237,10 @@ def measure(
 
 
 def check(sizes: Sequence[str], names: Sequence[str], dtype: str) -> tuple[list[Size], list[str]]:
-    """The sizes, read, and the optimizers, the target in front.
+    """Parses the sizes, and puts the target first among the optimizers.
 
     Raises:
-      ConfigError: If one of them, or ``dtype``, is unknown.
+      ConfigError: If a size, an optimizer or ``dtype`` is unknown.
     """
     for name in names:
         known = [*optimizers.FACTORY, *WRAPPED, *VARIANTS]
@@ -261,22 +262,22 @@ def run(
     workdir: str | Path = "runs/bench",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measures, and leaves ``bench.json`` and ``bench.png`` in ``workdir``.
+    """Runs the benchmark, and writes ``bench.json`` and ``bench.png`` into ``workdir``.
 
     Args:
-      sizes: Models, as ``10000000x24``: parameters and tensors.
-      names: Optimizers; the target, AdamW, is put in front.
-      dtype: Of parameters and gradients.
-      rounds: Turns of every optimizer.
-      draws: Gamma draws to time; 0 leaves that out.
-      workdir: Folder of the results; made where it is missing.
-      progress: Whether to draw a progress bar.
+      sizes: Sizes of models, such as ``10000000x24``: parameters and tensors.
+      names: Optimizers. The target, AdamW, is added.
+      dtype: Type of the parameters and gradients.
+      rounds: Number of turns of each optimizer.
+      draws: Number of gamma draws to time; 0 skips that.
+      workdir: Folder of the results, made if it does not exist.
+      progress: Whether to show a progress bar.
 
     Returns:
-      The results, as written to ``bench.json``.
+      The content of ``bench.json``.
 
     Raises:
-      ConfigError: If an argument makes no benchmark.
+      ConfigError: If an argument is invalid.
     """
     if rounds < 1:
         raise ConfigError(f"rounds must be at least 1, got {rounds}; pass 10.")
@@ -306,7 +307,7 @@ def run(
 
 
 def table(content: dict[str, Any]) -> str:
-    """The results as text for a terminal."""
+    """Formats the results for a terminal."""
     lines = []
     for size, results in content["sizes"].items():
         rows = [
@@ -339,7 +340,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any]) -> Figure:
-    """Time of a step over the target's, and seconds of compilation, for every size."""
+    """Draws, for each size, the step time relative to the target, and the compilation time."""
     sizes, panels = content["sizes"], ("ratio", "compile_s")
     names = list(next(iter(sizes.values())))
     figure = Figure(figsize=(9.5, 1.2 + 0.26 * len(names) * len(sizes)), layout="constrained")

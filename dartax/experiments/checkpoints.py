@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Orbax writes them, a manifest finishes them and is checked on return."""
+"""Checkpoints of a run: Orbax writes the arrays, and a manifest verifies them."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ PyTree = Any
 
 KEPT = 2
 PREFIX = "step_"
-# Errors of the system that are of files; others are of a process that was lost.
+# System errors about files. Other errors can mean that another process was lost.
 OF_FILES = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -37,23 +37,24 @@ OF_FILES = (
 
 
 class Checkpoints:
-    """Folders ``step_N``: ``arrays``, which Orbax writes, and then ``manifest.json``.
+    """Checkpoints in folders ``step_N``, each with ``arrays`` and then ``manifest.json``.
 
-    A folder without a manifest was never finished. Nothing that was is ever deleted but by a newer
-    checkpoint: a damaged one is set aside, and one of another run is refused.
+    A checkpoint without a manifest is incomplete and is deleted. A complete checkpoint is only
+    deleted after newer ones were saved. A damaged checkpoint is renamed. A checkpoint of another
+    run is an error.
     """
 
     def __init__(self, folder: Path):
-        """Opens ``folder``, making it where it is missing.
+        """Opens ``folder``, and makes it if it does not exist.
 
         Raises:
-          ConfigError: If its checkpoints were saved by an earlier dartax.
+          ConfigError: If its checkpoints were saved by an older version of dartax.
         """
         self._folder = folder
         folder.mkdir(exist_ok=True)
         if any(path.stem.isdecimal() for path in folder.iterdir()):
             raise self._refused("those of an earlier dartax")
-        if is_first_process():  # which alone changes what is there
+        if is_first_process():  # only one process may delete
             for path in folder.glob(f"{PREFIX}*"):
                 if not (path / manifest.FILE).exists() and path.suffix != ".damaged":
                     shutil.rmtree(path)
@@ -66,10 +67,10 @@ class Checkpoints:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def save(self, step: int, tree: PyTree) -> None:
-        """Saves ``tree`` as of ``step``, by all processes, and deletes all but the newest ones.
+        """Saves ``tree`` and deletes old checkpoints. All processes must call it.
 
         Raises:
-          OSError: If it cannot be written; nothing of it stays.
+          OSError: If the checkpoint cannot be written. Its files are deleted.
         """
         path = self._path(step)
         try:
@@ -79,21 +80,22 @@ class Checkpoints:
                 return
             manifest.write(path, VERSION, tree)
         except OSError:
-            shutil.rmtree(path, ignore_errors=True)  # a full disk needs the room
+            shutil.rmtree(path, ignore_errors=True)  # the disk may be full
             raise
         for old in self._steps()[:-KEPT]:
-            (self._path(old) / manifest.FILE).unlink()  # what a kill leaves is not damaged
+            # Without a manifest, a half-deleted checkpoint counts as incomplete, not as damaged.
+            (self._path(old) / manifest.FILE).unlink()
             shutil.rmtree(self._path(old))
 
     def newest(self, template: PyTree) -> int:
-        """The newest step whose checkpoint is not damaged; 0 without any. For one process.
+        """Returns the newest step with a valid checkpoint, or 0. One process must call it.
 
         Args:
           template: The tree that was saved, or the shapes and dtypes of its arrays.
 
         Raises:
-          ConfigError: If it is of another model, another optimizer or another version of dartax.
-          OSError: If it cannot be read, which says nothing about its content.
+          ConfigError: If the model, the optimizer or the version of dartax differs.
+          OSError: If a file cannot be read. Its content may still be valid.
         """
         for step in reversed(self._steps()):
             try:
@@ -129,11 +131,14 @@ class Checkpoints:
                 )
 
     def restore(self, step: int, template: PyTree) -> PyTree:
-        """The checkpoint of ``step``, which ``newest`` has checked, by all processes.
+        """Restores the checkpoint of ``step``. All processes must call it, after :meth:`newest`.
 
         Args:
           step: The step.
           template: Shapes, dtypes and shardings of the arrays.
+
+        Raises:
+          ConfigError: If Orbax cannot read the checkpoint.
         """
         path = self._path(step)
         try:
@@ -143,7 +148,7 @@ class Checkpoints:
                 )
         except (OSError, MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # Orbax raises whatever its reader met
+        except Exception as error:  # Orbax raises errors of many kinds
             raise ConfigError(
                 f"workdir must hold checkpoints that Orbax {ocp.__version__} reads, got "
                 f"{str(path)!r}, as it was saved ({type(error).__name__}); install the Orbax that "
@@ -153,16 +158,16 @@ class Checkpoints:
     def _refused(self, found: str) -> ConfigError:
         return ConfigError(
             f"workdir must hold checkpoints of state version {VERSION}, got {found} in "
-            f"{str(self._folder)!r}; end that run with the dartax that began it, or start again "
-            "with another --workdir."
+            f"{str(self._folder)!r}; finish that run with the dartax that began it, or start "
+            "again with another --workdir."
         )
 
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.Checkpointer]:
-    """What saves and restores; an error of the system is an ``OSError``, however it is worded.
+    """Opens a checkpointer that raises ``OSError`` for every system error about files.
 
-    What the threads of Orbax print of an error, a traceback each, goes nowhere.
+    Threads of Orbax print a traceback of each error. It is discarded.
     """
     with (
         contextlib.redirect_stderr(io.StringIO()),
@@ -171,9 +176,9 @@ def _orbax() -> Iterator[ocp.Checkpointer]:
         try:
             yield checkpointer
         except OSError:
-            time.sleep(1.0)  # the threads may still have a word to say
+            time.sleep(1.0)  # wait for the threads to print
             raise
-        except ValueError as error:  # TensorStore's, with the words of the system in it
+        except ValueError as error:  # TensorStore includes the text of a system error
             time.sleep(1.0)
             for code in OF_FILES:
                 if os.strerror(code) in str(error):

@@ -1,8 +1,9 @@
-"""Runs a comparison: every optimizer on every task, over seeds, and keeps what it finds.
+"""Compares optimizers: runs each optimizer on each task with several seeds.
 
-A cell is one optimizer on one task. Its runs (every seed with every value of a swept option) are
-vmapped in equal groups, so that one compilation serves them all. A finished cell goes into the
-JSON file of its task at once; a cell that is there already, under the same configuration, is kept.
+A cell is one optimizer on one task. It has a run for each seed and value of a swept option. The
+runs are vmapped in groups of equal size, so each cell compiles once. Each finished cell is written
+to the JSON file of its task. A cell that the file already holds, with the same configuration, is
+kept.
 """
 
 import dataclasses
@@ -33,18 +34,18 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class EntrantConfig(OptimizerConfig):
-    """An optimizer in a comparison: its configuration, and what is asked of it."""
+    """An optimizer in a comparison."""
 
     role: Literal["dart", "tuned", "peer", "reference", "basin", "ablation"] = "peer"
-    """What it is there for: ``dart`` with its defaults; a ``tuned`` baseline, of which only the
-    best rate of each task counts; a learning-rate-free ``peer``; a ``reference`` with a rate of its
-    own; the ``basin`` of losses over a first rate; an ``ablation``."""
+    """Purpose: ``dart`` with its defaults; a ``tuned`` baseline, whose best rate on each task
+    counts; a learning-rate-free ``peer``; a ``reference`` with a fixed rate; a ``basin``, which
+    shows the loss as a function of the initial rate; an ``ablation``."""
     sweep: str = ""
-    """The option that takes several values, such as learning_rate; none by default."""
+    """Option to sweep, such as learning_rate; none by default."""
     values: tuple[float, ...] = ()
     """Values of the swept option."""
     tasks: tuple[str, ...] = ()
-    """Tasks to run it on; all by default."""
+    """Tasks to run; all by default."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -65,19 +66,19 @@ class CompareConfig:
     """A comparison."""
 
     workdir: str = "runs/compare"
-    """Folder of the results, one JSON file per task, and of the pictures."""
+    """Folder of the pictures and of the results, one JSON file per task."""
     seeds: int = 5
-    """Runs of each setting; they differ in parameters, order of the data and draws."""
+    """Runs of each setting, which differ in parameters, order of the data and draws."""
     evaluations: int = 20
-    """Times the test loss is taken during a run."""
+    """Number of evaluations of the test loss during a run."""
     group: int = 5
-    """Runs that are vmapped together."""
+    """Number of runs that are vmapped together."""
     target: str = "adamw"
-    """The tuned optimizer that the others are measured by."""
+    """Tuned optimizer to compare the others with."""
     tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
-    """What to train, by name."""
+    """Tasks by name."""
     optimizers: dict[str, EntrantConfig] = dataclasses.field(default_factory=dict)
-    """What to train with, by name."""
+    """Optimizers by name."""
 
     def __post_init__(self):
         for name in ("seeds", "evaluations", "group"):
@@ -114,10 +115,17 @@ def load(
     *,
     workdir: str | None = None,
     seeds: int | None = None,
-    tasks: Sequence[str] | None = None,
-    optimizers: Sequence[str] | None = None,
+    tasks: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
 ) -> CompareConfig:
-    """Reads a TOML file; arguments that are given replace a value or choose among names.
+    """Reads a TOML file.
+
+    Args:
+      path: The file.
+      workdir: Replaces the value in the file.
+      seeds: Replaces the value in the file.
+      tasks: If given, only these tasks are kept.
+      optimizers: If given, only these optimizers and the target are kept.
 
     Raises:
       ConfigError: If the file is missing or wrong, or a name is unknown.
@@ -129,7 +137,7 @@ def load(
     if seeds is not None:
         changes["seeds"] = seeds
     for key, names in (("tasks", tasks), ("optimizers", optimizers)):
-        if names is None:
+        if not names:
             continue
         table = getattr(config, key)
         for name in names:
@@ -140,7 +148,7 @@ def load(
         kept = {*names, config.target} if key == "optimizers" else {*names}
         changes[key] = {name: value for name, value in table.items() if name in kept}
     if "tasks" in changes:
-        # An optimizer that was meant for other tasks alone has nothing left to run on.
+        # Drop the optimizers that have no task left.
         entrants = changes.get("optimizers", config.optimizers)
         changes["optimizers"] = {
             name: dataclasses.replace(
@@ -153,7 +161,7 @@ def load(
 
 
 def cells(config: CompareConfig) -> Iterator[tuple[str, str]]:
-    """The (task, optimizer) pairs of a comparison, the target first within each task."""
+    """Yields the (task, optimizer) pairs of a comparison, for each task the target first."""
     names = sorted(config.optimizers, key=lambda name: name != config.target)
     for task in config.tasks:
         for name in names:
@@ -162,11 +170,11 @@ def cells(config: CompareConfig) -> Iterator[tuple[str, str]]:
 
 
 def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]:
-    """All that decides the numbers of a cell, as JSON would give it back."""
+    """Returns all that affects the numbers of a cell, as JSON types."""
     entrant = dataclasses.asdict(config.optimizers[name])
     for key in ("tasks", "role"):
         del entrant[key]
-    if entrant["blocks"] == EntrantConfig.blocks:  # cells of before there was a choice
+    if entrant["blocks"] == EntrantConfig.blocks:  # older results do not have it
         del entrant["blocks"]
     spec = {
         "task": dataclasses.asdict(config.tasks[task]),
@@ -178,7 +186,7 @@ def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]
 
 
 def read_cells(workdir: Path, task: str) -> dict[str, Any]:
-    """The finished cells of a task by optimizer; none where there is no file yet."""
+    """Reads the finished cells of a task, by optimizer."""
     path = workdir / f"{task}.json"
     if not path.exists():
         return {}
@@ -193,14 +201,14 @@ def read_cells(workdir: Path, task: str) -> dict[str, Any]:
 
 
 class Carry(NamedTuple):
-    """What a step changes."""
+    """The state of training."""
 
     params: PyTree
     opt_state: PyTree
 
 
 class Program(NamedTuple):
-    """The compiled functions of a cell; all take and give stacks of runs."""
+    """The jitted functions of a cell, which are vmapped over runs."""
 
     init: jax.stages.Wrapped
     interval: jax.stages.Wrapped
@@ -208,9 +216,9 @@ class Program(NamedTuple):
 
 
 def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
-    """What a cell runs, vmapped over runs and jitted.
+    """Makes the functions of a cell.
 
-    A run is its seed and its value of the swept option, both traced.
+    A run is given by its seed and its value of the swept option, which are traced.
     """
 
     def optimizer(seed, value):
@@ -257,7 +265,7 @@ def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
 def run_cell(
     config: CompareConfig, task_name: str, name: str, progress: Callable[[int], Any]
 ) -> dict[str, Any]:
-    """All runs of one optimizer on one task.
+    """Runs one optimizer on one task.
 
     Args:
       config: The comparison.
@@ -266,14 +274,14 @@ def run_cell(
       progress: Called with the number of training steps taken since the last call.
 
     Returns:
-      What the JSON file keeps of the cell. ``test_loss`` and ``train_loss`` are lists
-      ``[values][seeds][evaluations]``; a loss that is not finite is ``None``.
+      The cell, as in the JSON file. ``test_loss`` and ``train_loss`` are lists
+      ``[values][seeds][evaluations]``, with ``None`` for a loss that is not finite.
     """
     entrant, task_config = config.optimizers[name], config.tasks[task_name]
     task = tasks.build(task_config)
     runs = [(v, s) for v in entrant.values or (math.nan,) for s in range(config.seeds)]
     group, steps = min(config.group, len(runs)), task_config.steps // config.evaluations
-    # The last group is filled up, or it would compile again.
+    # The last group is padded to the same size, because another size would compile again.
     groups = [
         [runs[min(first + i, len(runs) - 1)] for i in range(group)]
         for first in range(0, len(runs), group)
@@ -315,7 +323,7 @@ def run_cell(
         "git_commit": git_commit(),
     }
     if rates[0][0]:
-        # Of the first value of a sweep, as geometric means over the seeds.
+        # Geometric means over the seeds, for the first value of a sweep.
         first_value = rates[: config.seeds]
         cell["rates"] = {
             block: rounded(geometric_mean([[p[block] for p in run] for run in first_value]))
@@ -325,20 +333,20 @@ def run_cell(
 
 
 def geometric_mean(values: Sequence[Any]) -> np.ndarray:
-    """Over the first axis; NaN where a value is 0, as a rate at the end of a decay."""
+    """Takes the geometric mean over the first axis; NaN if a value is 0, as after a decay."""
     array = np.array(values)
     return np.exp(np.mean(np.log(np.where(array > 0, array, np.nan)), axis=0))
 
 
 def rounded(array: np.ndarray) -> Any:
-    """Nested lists of five significant digits; ``None`` where a number is not finite."""
+    """Converts an array to nested lists of numbers with five digits, or ``None`` if not finite."""
     if np.ndim(array) == 0:
         return float(f"{array:.5g}") if np.isfinite(array) else None
     return [rounded(row) for row in array]
 
 
 def write_cells(workdir: Path, task: str, content: Mapping[str, Any]) -> None:
-    """Writes the cells of a task, one on a line, so that a difference is readable."""
+    """Writes the cells of a task, one per line, to make diffs readable."""
     lines = [f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in sorted(content.items())]
     write_whole(workdir / f"{task}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -346,18 +354,18 @@ def write_cells(workdir: Path, task: str, content: Mapping[str, Any]) -> None:
 def run(
     config: CompareConfig, *, redo: Sequence[str] = (), progress: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Runs what is missing of a comparison.
+    """Runs the missing cells of a comparison.
 
     Args:
       config: The comparison.
-      redo: Optimizers whose finished cells do not count.
-      progress: Whether to draw a progress bar.
+      redo: Optimizers to run again.
+      progress: Whether to show a progress bar.
 
     Returns:
       All cells of the comparison, by task and optimizer.
 
     Raises:
-      ConfigError: If an optimizer cannot be made, or the folder holds something else.
+      ConfigError: If an optimizer is invalid, or the folder holds other files.
       DataError: If the data are missing or damaged.
     """
     for name in redo:
@@ -376,7 +384,7 @@ def run(
         or found[task].get(name, {}).get("specification") != specification(config, task, name)
     ]
     for name in {name for _, name in missing}:
-        # A mistake in an option shows before the first hour, not after it.
+        # Find invalid options now, not after hours of training.
         entrant = config.optimizers[name]
         overrides = {entrant.sweep: entrant.values[0]} if entrant.sweep else {}
         optimizers.build(entrant, steps=1, overrides=overrides)
@@ -389,7 +397,7 @@ def run(
         for task, name in missing:
             bar.set_description(f"{task}, {name}")
             cell = run_cell(config, task, name, bar.update)
-            # Read again: another process may have finished other cells of the task meanwhile.
+            # Another process may have written other cells of the task in the meantime.
             found[task] = {**read_cells(workdir, task), name: cell}
             write_cells(workdir, task, found[task])
     wanted = set(cells(config))

@@ -1,4 +1,4 @@
-"""Pictures of a comparison, drawn from its cells and scores."""
+"""Pictures of a comparison."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from dartax.experiments.compare import CompareConfig
 from dartax.experiments.scores import Cells, counted, losses
 from dartax.plot._theme import styles
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
 DART, TARGET = "#D55E00", "#0072B2"
 PEERS = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 DASHES = ["-", "--", ":", "-."]
@@ -35,7 +35,7 @@ def draw(config: CompareConfig, results: Cells, scores: Mapping[str, Any]) -> li
 
 
 def _panels(titles: list[str]) -> tuple[Figure, dict[str, Axes]]:
-    """A figure with one panel per title, at most four in a row."""
+    """Makes a figure with one panel per title, at most four in a row."""
     columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
@@ -51,12 +51,12 @@ def _panels(titles: list[str]) -> tuple[Figure, dict[str, Axes]]:
 
 
 def _dart(config: CompareConfig) -> str | None:
-    """The name of the entrant with the role ``dart``."""
+    """Returns the name of the entrant with the role ``dart``, if there is one."""
     return next((n for n, entrant in config.optimizers.items() if entrant.role == "dart"), None)
 
 
 def loss_curves(config: CompareConfig, results: Cells, scores: Mapping[str, Any]) -> Figure | None:
-    """Test loss over steps: dart, the tuned target and the best peer; bands from least to most."""
+    """Draws the test loss of dart, the target and the best peer: median, minimum and maximum."""
     tasks = [task for task in config.tasks if scores["cells"][task]]
     if not tasks:
         return None
@@ -91,7 +91,7 @@ def loss_curves(config: CompareConfig, results: Cells, scores: Mapping[str, Any]
 
 
 def profiles(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | None:
-    """Part of the tasks that reach the loss of the target within tau times the fewest steps."""
+    """Draws the fraction of tasks solved within tau times the fewest steps of any optimizer."""
     parts, areas = scores["profile"]["parts"], scores["profile"]["areas"]
     if not parts:
         return None
@@ -121,7 +121,7 @@ def profiles(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | None:
 
 
 def initial_rate(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | None:
-    """Final loss over the rate that is given: the first one to dart, the only one to the target."""
+    """Draws the final loss over the initial rate of dart, and over the rate of the target."""
     basins = [name for name, entrant in config.optimizers.items() if entrant.role == "basin"]
     shown = [*basins, config.target]
     tasks = [task for task in config.tasks if any(n in scores["cells"][task] for n in basins)]
@@ -147,7 +147,7 @@ def initial_rate(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | N
 
 
 def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
-    """Mean rate of every block under dart, the schedule included."""
+    """Draws the mean rate of each block of dart, including the schedule."""
     dart = _dart(config)
     if dart is None:
         return None
@@ -158,7 +158,7 @@ def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
     for task, ax in panels.items():
         rates = results[task][dart]["rates"]
         steps = config.tasks[task].steps / config.evaluations
-        # The last mean is 0 at the end of a decay, which a log axis cannot show.
+        # At the end of a decay the rate is 0, which a log axis cannot show.
         x = steps * np.arange(1, config.evaluations)
         for (block, curve), style in zip(rates.items(), styles(len(rates)), strict=True):
             ax.plot(x, np.array(curve[:-1], float), label=block, **style)

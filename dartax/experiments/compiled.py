@@ -1,7 +1,8 @@
-"""What a step moves on a GPU that is not there: XLA compiles for one from its description.
+"""Compilation of a step for a GPU that the machine does not have.
 
-Times need the device; the kernels that XLA makes of a step, and the bytes that they read and write,
-do not. On a GPU a step is bound by memory, and these bytes are most of what it costs.
+XLA can compile for a GPU from its description. This measures no times, but it shows the kernels of
+a step and the bytes that they read and write. Memory bandwidth limits a step on a GPU, so these
+bytes determine most of its time.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from dartax.experiments.traffic import traffic
 
 
 def device(description: Path) -> jax.Device:
-    """The GPU of a description, a ``GpuTargetConfigProto`` of XLA as text.
+    """Reads the description of a GPU, a ``GpuTargetConfigProto`` of XLA as text.
 
     Raises:
-      ConfigError: If it cannot be read, or JAX cannot compile for it.
+      ConfigError: If the file cannot be read, or JAX cannot compile for the GPU.
     """
     try:
         text = description.read_text(encoding="utf-8")
@@ -36,11 +37,11 @@ def device(description: Path) -> jax.Device:
         topology = topologies.get_topology_desc(
             description.stem, "cuda", topology="1x1x1", target_config=text
         )
-    except Exception as error:  # JAX has no common one
+    except Exception as error:  # JAX raises errors of many kinds
         raise ConfigError(
             f"compile-for must describe a GPU that JAX can compile for, got '{description}' "
             f"({str(error).splitlines()[0]}); pip install jax-cuda12-plugin=={jax.__version__} "
-            f"jax-cuda12-pjrt=={jax.__version__} and set JAX_PLATFORMS=cpu, or mend the "
+            f"jax-cuda12-pjrt=={jax.__version__} and set JAX_PLATFORMS=cpu, or fix the "
             "description."
         ) from error
     return topology.devices[0]
@@ -54,21 +55,21 @@ def run(
     dtype: str = "float32",
     workdir: str | Path = "runs/bench",
 ) -> dict[str, Any]:
-    """Compiles a step of every optimizer, and leaves ``compiled.json`` in ``workdir``.
+    """Compiles a step of each optimizer, and writes ``compiled.json`` into ``workdir``.
 
     Args:
       description: File that describes the GPU; see :func:`device`.
-      sizes: Models, as ``10000000x24``: parameters and tensors.
-      names: Optimizers; the target, AdamW, is put in front.
-      dtype: Of parameters and gradients.
-      workdir: Folder of the results; made where it is missing.
+      sizes: Sizes of models, such as ``10000000x24``: parameters and tensors.
+      names: Optimizers. The target, AdamW, is added.
+      dtype: Type of the parameters and gradients.
+      workdir: Folder of the results, made if it does not exist.
 
     Returns:
-      The results, as written: ``bytes`` per parameter, ``ratio`` of them to the target's and
-      ``kernels`` of every optimizer.
+      The content of ``compiled.json``: for each optimizer the ``bytes`` per parameter, their
+      ``ratio`` to those of the target, and the number of ``kernels``.
 
     Raises:
-      ConfigError: If an argument makes no benchmark.
+      ConfigError: If an argument is invalid.
     """
     parsed, names = bench.check(sizes, names, dtype)
     target = device(Path(description))
@@ -89,7 +90,7 @@ def run(
             state = there(jax.eval_shape(optimizer.init, params))
             params = there(params)
             lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params)
-            # Without the device no kernel can be timed to choose the fastest.
+            # Autotuning would have to run kernels on the GPU.
             compiled = lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
             kernels, moved = traffic(compiled.as_text() or "")
             row[name] = {
@@ -109,7 +110,7 @@ def run(
 
 
 def table(content: dict[str, Any]) -> str:
-    """The results as text for a terminal."""
+    """Formats the results for a terminal."""
     lines = []
     for size, results in content["sizes"].items():
         rows = [[size, "bytes", "ratio", "kernels"]]

@@ -1,30 +1,30 @@
-"""Data sets: generated, shipped with scikit-learn, from local files, or from the network."""
+"""Data sets: generated, from scikit-learn, from local files, or downloaded."""
 
 import gzip
 import hashlib
 import os
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pooch
 
 
 class DataError(RuntimeError):
-    """Data that is missing or damaged; the message says what to do."""
+    """Missing or damaged data; the message says what to do."""
 
 
 class Dataset(NamedTuple):
-    """Examples and what to predict of them, split as published where they are.
+    """Training and test examples, split as published.
 
     Attributes:
       train_x: float32, ``[examples, features]`` or ``[examples, height, width, channels]``.
-      train_y: ``[examples]``; int32 labels, or float32 targets of a regression.
-      test_x: Like ``train_x``, standardized by the training examples.
+      train_y: ``[examples]``; int32 labels, or float32 regression targets.
+      test_x: Like ``train_x``, and standardized with the statistics of the training examples.
       test_y: Like ``train_y``.
       num_classes: Number of labels; 1 for a regression.
     """
@@ -37,18 +37,18 @@ class Dataset(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A text as int32 indices into its sorted character set, cut in two."""
+    """A text, as int32 indices into its sorted character set, split in two parts."""
 
     train: np.ndarray
     test: np.ndarray
     num_symbols: int
 
 
-# SHA-256 of the pixels, then the labels, as bytes.
+# SHA-256 of the pixels followed by the labels, as bytes.
 DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 
 MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-# SHA-256 of the four files, decompressed: archives of equal content may differ.
+# SHA-256 of the decompressed files, because archives of the same content can differ.
 MNIST_SHA256 = {
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -69,11 +69,8 @@ CIFAR_ARRAYS = (
 
 
 def data_dir() -> Path:
-    """``$DARTAX_DATA_DIR``, by default a cache folder."""
-    if folder := os.environ.get("DARTAX_DATA_DIR"):
-        return Path(folder)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dartax"
+    """Returns ``$DARTAX_DATA_DIR``, by default a cache folder."""
+    return Path(os.environ.get("DARTAX_DATA_DIR") or pooch.os_cache("dartax"))
 
 
 def load(name: str) -> Dataset:
@@ -82,7 +79,7 @@ def load(name: str) -> Dataset:
 
 
 def digits() -> Dataset:
-    """1,797 handwritten digits of 8 x 8 pixels, every fifth one held out for testing."""
+    """Loads 1,797 handwritten digits of 8 x 8 pixels. Every fifth one is for testing."""
     from sklearn.datasets import load_digits
 
     try:
@@ -101,7 +98,7 @@ def digits() -> Dataset:
 
 
 def mnist() -> Dataset:
-    """MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels, in the original order."""
+    """Loads MNIST: 60,000 training and 10,000 test images of 28 x 28 pixels, in their order."""
     train_x, train_y, test_x, test_y = (
         _parse_idx(_mnist_file(name), name) for name in MNIST_SHA256
     )
@@ -111,7 +108,7 @@ def mnist() -> Dataset:
 
 
 def cifar10() -> Dataset:
-    """CIFAR-10, or a part of it: colour images ``[n, 32, 32, 3]`` from ``cifar10_small.npz``.
+    """Loads CIFAR-10, or a part of it, from ``cifar10_small.npz``.
 
     Raises:
       DataError: If the file is missing or damaged.
@@ -145,18 +142,16 @@ def cifar10() -> Dataset:
 
 
 def shakespeare() -> Text:
-    """Tiny Shakespeare (Karpathy, 2015): 1,115,394 characters, the last tenth for testing."""
+    """Loads Tiny Shakespeare (Karpathy, 2015): 1,115,394 characters, a tenth for testing."""
     name = "tinyshakespeare.txt"
-    raw = _published_file(
-        "Tiny Shakespeare", [name], SHAKESPEARE_URL, SHAKESPEARE_SHA256, needed=name
-    )
+    raw = _published_file("Tiny Shakespeare", name, SHAKESPEARE_URL, SHAKESPEARE_SHA256, name)
     symbols, text = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
     train, test = np.split(text.astype(np.int32), [len(text) * 9 // 10])
     return Text(train, test, len(symbols))
 
 
 def friedman(num_train: int = 4000, num_test: int = 2000) -> Dataset:
-    """Friedman #1 (Friedman, 1991): five of ten features matter, targets with noise."""
+    """Makes Friedman #1 (Friedman, 1991): ten features, of which five matter, and noisy targets."""
     from sklearn.datasets import make_friedman1
 
     x, y = make_friedman1(num_train + num_test, n_features=10, noise=1.0, random_state=0)
@@ -168,7 +163,7 @@ def friedman(num_train: int = 4000, num_test: int = 2000) -> Dataset:
 def _standardized(
     train: np.ndarray, test: np.ndarray, axis: int | tuple[int, ...] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Zero mean and unit variance of the training values over ``axis``, by default over all."""
+    """Gives the training values zero mean and unit variance over ``axis``, by default over all."""
     mean, std = train.mean(axis, dtype=np.float64), train.std(axis, dtype=np.float64)
     return ((train - mean) / std).astype(np.float32), ((test - mean) / std).astype(np.float32)
 
@@ -180,48 +175,55 @@ def _classification(
     test_y: np.ndarray,
     axis: tuple[int, ...] | None = None,
 ) -> Dataset:
-    """Ten classes; pixels standardized over ``axis``."""
+    """Makes a dataset of ten classes, and standardizes the pixels over ``axis``."""
     train_x, test_x = _standardized(train_x, test_x, axis)
     return Dataset(train_x, train_y.astype(np.int32), test_x, test_y.astype(np.int32), 10)
 
 
 def _mnist_file(name: str) -> bytes:
-    """The decompressed content of one MNIST file."""
+    """Returns the decompressed content of one MNIST file."""
     return _published_file(
         "MNIST",
-        [f"mnist/{name}", f"mnist/{name}.gz"],
+        f"mnist/{name}",
         f"{MNIST_URL}{name}.gz",
         MNIST_SHA256[name],
         needed=f"mnist/{name}.gz and its three siblings",
     )
 
 
-def _published_file(title: str, names: Sequence[str], url: str, sha256: str, needed: str) -> bytes:
-    """The decompressed content of a file, downloaded where it is missing.
+def _published_file(title: str, name: str, url: str, sha256: str, needed: str) -> bytes:
+    """Returns the decompressed content of a file, which is downloaded if it is missing.
 
     Args:
-      title: What it belongs to, for messages.
-      names: Where it may be in :func:`data_dir`; the last one is what ``url`` holds.
-      url: Where to download it from.
+      title: Name of the data set, for messages.
+      name: Path in :func:`data_dir`. The file there may also be compressed, with ``.gz`` added.
+      url: Address of the file.
       sha256: Checksum of the decompressed content.
-      needed: What the folder should hold, for messages.
+      needed: Files that the folder should hold, for messages.
     """
-    paths = [data_dir() / name for name in names]
-    path = next((path for path in paths if path.exists()), paths[-1])
-    if not path.exists():
-        try:
-            _download(url, path)
-        except (OSError, urllib.error.URLError) as error:
-            raise DataError(
-                f"{title} must be in {path.parent} or downloadable, got neither ({error}); set "
-                f"DARTAX_DATA_DIR to a folder that holds {needed}."
-            ) from error
+    path = data_dir() / name
+    if not path.exists() and path.with_name(f"{path.name}.gz").exists():
+        path = path.with_name(f"{path.name}.gz")
+    try:
+        if not path.exists():
+            pooch.get_logger().setLevel("WARNING")
+            pooch.retrieve(url, sha256, path.name, path.parent, downloader=_download)
+    except (OSError, HTTPException) as error:
+        raise DataError(
+            f"{title} must be in {path.parent} or downloadable, got neither ({error}); set "
+            f"DARTAX_DATA_DIR to a folder that holds {needed}."
+        ) from error
+    except (EOFError, ValueError, zlib.error) as error:  # pooch raises ValueError
+        raise DataError(
+            f"{url} must be the published {title} file, got another content; try again, or set "
+            f"DARTAX_DATA_DIR to a folder that holds {needed}."
+        ) from error
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} must be a whole, readable file, got: {error}; delete it and run again."
+            f"{path} must be a complete, readable file, got: {error}; delete it and run again."
         ) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
@@ -231,18 +233,15 @@ def _published_file(title: str, names: Sequence[str], url: str, sha256: str, nee
     return raw
 
 
-def _download(url: str, path: Path) -> None:
-    """Fetches ``url``; an interrupted download leaves no file at ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _download(url: str, output_file: str, _: Any) -> None:
+    """Downloads ``url`` for pooch, and decompresses it, because archives can differ."""
     with urllib.request.urlopen(url, timeout=30) as response:
-        content = response.read()
-    partial = path.with_suffix(f".part{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
+        raw = response.read()
+    Path(output_file).write_bytes(gzip.decompress(raw) if url.endswith(".gz") else raw)
 
 
 def _parse_idx(raw: bytes, name: str) -> np.ndarray:
-    """An array from the IDX format: two zero bytes, type (8 is uint8), rank, sizes, data."""
+    """Parses the IDX format: two zero bytes, the type (8 is uint8), rank, sizes and data."""
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise DataError(f"{name} must be an IDX file of uint8, got {raw[:4]!r}; fetch it again.")
     rank = raw[3]

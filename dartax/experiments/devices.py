@@ -1,7 +1,7 @@
-"""The devices of a run: a mesh with a data and a model axis, and what lies where on it.
+"""The devices and processes of a run: a mesh with a data axis and a model axis, and its shardings.
 
-One device is a mesh of one. Several processes see one mesh over the devices of all of them, hold
-the same data, and run the same program.
+A single device is a mesh of size one. If a run has several processes, the mesh spans the devices of
+all of them. All processes hold the same data and run the same program.
 """
 
 import contextlib
@@ -27,16 +27,17 @@ DATA, MODEL = "data", "model"
 def join_processes(
     coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes of this run, before anything else runs on a device.
+    """Joins the other processes of this run, before this process uses a device.
+
+    JAX detects missing arguments on a cluster (Slurm, Open MPI, Kubernetes, TPU).
 
     Args:
-      coordinator: Address of process 0, such as ``localhost:1234``. What is left out, JAX looks
-        up in the environment of the cluster (Slurm, Open MPI, Kubernetes, TPU).
-      processes: How many there are.
-      process_id: Number of this one, in [0, processes).
+      coordinator: Address of process 0, such as ``localhost:1234``.
+      processes: Number of processes.
+      process_id: Number of this process, in [0, processes).
 
     Raises:
-      ConfigError: If they cannot be joined.
+      ConfigError: If the processes cannot be joined.
     """
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
@@ -49,27 +50,27 @@ def join_processes(
 
 
 def exit_alone(status: int) -> None:
-    """Ends this process if it has joined others: Python's own exit would wait for them."""
+    """Ends this process if it has joined others. A normal exit would wait for them."""
     if jax.distributed.is_initialized():
         sys.stderr.flush()
         if is_first_process():
-            time.sleep(2.0)  # the others, who end with this one, may still have a word to say
+            time.sleep(2.0)  # the end of process 0 ends the others: let them print their messages
         os._exit(status)
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the files of the run."""
+    """Tells whether this process writes the files of the run."""
     return jax.process_index() == 0
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until all processes have called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def largest(*values: int) -> list[int]:
-    """The largest of each value among the processes, in all of them."""
+    """Returns, in every process, the largest of each value over all processes."""
     if jax.process_count() == 1:
         return list(values)
     return multihost_utils.process_allgather(np.asarray(values)).max(axis=0).tolist()
@@ -77,7 +78,7 @@ def largest(*values: int) -> list[int]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Where one process of the run raises an error, all of them do, and none waits for another."""
+    """Raises an error in all processes if one of them raises an error inside."""
     error = None
     try:
         yield
@@ -95,15 +96,15 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_if_left_alone() -> Iterator[None]:
-    """Ends this process, with a sentence, where another one of the run is gone.
+    """Ends this process with a message if another process of the run is lost.
 
-    A lost process shows as an error of the next sum over the devices. Python's own exit would wait
-    for it until JAX's time is up, some minutes later.
+    The next sum over the devices then raises an error. A normal exit would wait for the lost
+    process until the timeout of JAX, which takes minutes.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        # What Gloo, which sums over processes on CPUs, has to say comes as either.
+        # Gloo, which communicates between CPUs, causes errors of both types.
         if jax.process_count() == 1 or (isinstance(error, ValueError) and "Gloo" not in str(error)):
             raise
         print(
@@ -117,12 +118,12 @@ def exit_if_left_alone() -> Iterator[None]:
 
 
 def make_mesh(shape: Sequence[int], batch_size: int) -> Mesh:
-    """The mesh of a run, with the axes ``data`` and ``model``.
+    """Makes the mesh of a run, with the axes ``data`` and ``model``.
 
     Args:
-      shape: Devices along the data axis and, where given, along the model axis. Empty for all
-        devices along the data axis, or as many as divide a batch.
-      batch_size: Examples per step, which the devices of the data axis share.
+      shape: Number of devices along the data axis and, optionally, along the model axis. If empty,
+        the data axis gets as many devices as divide the batch.
+      batch_size: Examples per step, which are split over the data axis.
 
     Raises:
       ConfigError: If ``shape`` does not fit the devices or the batch.
@@ -153,22 +154,22 @@ def make_mesh(shape: Sequence[int], batch_size: int) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh, batch: jax.Array) -> jax.Array:
-    """A part of the examples, the first axis of ``batch``, on every device of the data axis."""
+    """Splits the first axis of ``batch`` over the data axis."""
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(DATA)))
 
 
 def state_shardings(
     mesh: Mesh, optimizer: optax.GradientTransformation, params: PyTree, opt_state: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Where the parameters and the optimizer state lie, from trees of their shapes.
+    """Returns the shardings of the parameters and the optimizer state, from trees of shapes.
 
-    The last axis of a parameter is split over the model axis where that divides it. What the
-    optimizer keeps of a parameter lies where the parameter does, and all else everywhere.
+    The last axis of a parameter is split over the model axis if the sizes allow it. State arrays
+    with the shape of their parameter are sharded like it. All others are replicated.
     """
 
     def last_axis(leaf: Any) -> NamedSharding:
@@ -177,7 +178,7 @@ def state_shardings(
         return NamedSharding(mesh, PartitionSpec(*[None] * (leaf.ndim - 1), MODEL))
 
     def beside(leaf: Any, param: Any, sharding: NamedSharding) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # a parameter that another part of a chain has
+        if isinstance(leaf, optax.MaskedNode):  # belongs to another part of a partition
             return leaf
         return sharding if leaf.shape == param.shape else replicated(mesh)
 
@@ -195,7 +196,7 @@ def state_shardings(
 
 
 def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """The shapes and dtypes of arrays together with where they lie."""
+    """Adds shardings to the shapes and dtypes of arrays."""
 
     def place(sharding, part):
         return jax.tree.map(
@@ -206,5 +207,5 @@ def placed(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def own_shards(tree: PyTree) -> PyTree:
-    """What one device of this process holds of every array, as arrays of this process alone."""
+    """Returns the part of each array that is on the first device of this process."""
     return jax.tree.map(lambda array: array.addressable_data(0), tree)

@@ -1,11 +1,11 @@
-"""Files that are whole or absent, whenever a process is killed or a disk is full."""
+"""Atomic writes: a file is complete or absent, even after a kill or on a full disk."""
 
 import os
 from pathlib import Path
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes ``content`` beside ``path``, and moves it there once it is on the disk."""
+    """Writes ``content`` to a temporary file, syncs it, and renames it to ``path``."""
     partial = path.with_name(path.name + ".part")
     try:
         with partial.open("wb") as file:
@@ -13,6 +13,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        partial.unlink(missing_ok=True)  # a full disk needs the room
+        partial.unlink(missing_ok=True)  # the disk may be full
         raise
     partial.replace(path)

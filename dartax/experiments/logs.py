@@ -1,6 +1,5 @@
-"""Where the rows of a run go: metrics.csv always, TensorBoard or Weights & Biases on request."""
+"""Logs of a run: always metrics.csv, and optionally TensorBoard or Weights & Biases."""
 
-import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -13,63 +12,39 @@ from dartax.experiments.config import Config, ConfigError
 from dartax.experiments.files import write_whole
 from dartax.experiments.run_folder import MetricsFile, read_metrics
 
-# The package behind each log; the extra that installs it is called like the log.
+# The package of each log. The extra that installs it has the name of the log.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
-class Writer(Protocol):
-    """Takes a row per logging interval."""
+class Log(Protocol):
+    """Receives one row per logging interval."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Takes a row of numbers, among them ``step``."""
+        """Logs a row of numbers, one of which is ``step``."""
 
     def sync(self) -> None:
-        """Waits until the rows so far outlive the process."""
+        """Waits until a kill cannot lose the rows so far."""
 
     def close(self) -> None:
-        """Waits until every row has been written."""
-
-
-class Several:
-    """Hands every row to several writers."""
-
-    def __init__(self, writers: Sequence[Writer]):
-        """Takes over the writers, which it closes."""
-        self._writers = writers
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Writes the row to each of them."""
-        for writer in self._writers:
-            writer.write(row)
-
-    def sync(self) -> None:
-        """Syncs each of them."""
-        for writer in self._writers:
-            writer.sync()
-
-    def close(self) -> None:
-        """Closes them all, the last one first."""
-        with contextlib.ExitStack() as stack:
-            for writer in self._writers:
-                stack.callback(writer.close)
+        """Waits until all rows are written."""
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/``: a scalar per column, and a histogram of the rates."""
+    """Writes event files to ``tensorboard/``: each column, and a histogram of the rates."""
 
     def __init__(self, config: Config, workdir: Path, last_step: int):
-        """Begins a file, which has TensorBoard forget what was logged after ``last_step``."""
+        """Begins a file that makes TensorBoard discard the events after ``last_step``."""
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=last_step + 1,
-            # Files are named by the second, and read in the order of their names.
+            # TensorBoard reads files in the order of their names, which start with the second.
             filename_suffix=f".{last_step:010d}",
         )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends the row; the histogram is that of log10, for rates lie decades apart."""
+        """Logs the row. The histogram is of log10, because rates can differ by decades."""
         step = int(row["step"])
         for name, value in row.items():
             if name != "step":
@@ -88,17 +63,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, whose id the run folder keeps, so that it can be resumed."""
+    """Logs to Weights & Biases. The run folder keeps the id, so that the run can be resumed."""
 
     def __init__(self, config: Config, workdir: Path, last_step: int):
-        """Begins the run, or goes on with it after the last row that it was given.
+        """Begins or resumes the run.
 
         Raises:
-          ConfigError: If Weights & Biases starts no run, such as for want of a login.
+          ConfigError: If Weights & Biases cannot start a run, for example without a login.
         """
         import wandb
 
-        # What was logged cannot be taken back, but the steps after a kill repeat those before it.
+        # Logged rows cannot be deleted. A resumed run repeats some steps: do not log them again.
         path = workdir / "wandb_id"
         rows = read_metrics(workdir / "metrics.csv") if path.exists() else []
         self._logged_step = rows[-1]["step"] or 0 if rows else 0
@@ -120,30 +95,30 @@ class WeightsAndBiases:
             ) from error
 
     def write(self, row: dict[str, Any]) -> None:
-        """Logs the row, unless it has been logged."""
+        """Logs the row, unless it was logged before."""
         step = int(row["step"])
         if step > self._logged_step:
             self._run.log({name: row[name] for name in row if name != "step"}, step=step)
 
     def sync(self) -> None:
-        """Nothing: a process of its own keeps what was logged."""
+        """Does nothing, because a separate process keeps the logged rows."""
 
     def close(self) -> None:
-        """Ends the run, uploading what is left."""
+        """Uploads the remaining rows and ends the run."""
         self._run.finish()
 
 
-WRITERS: dict[str, Callable[[Config, Path, int], Writer]] = {
+LOGS: dict[str, Callable[[Config, Path, int], Log]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
 }
 
 
 def check_installed(log: str) -> None:
-    """Checks that the package behind ``log`` is there.
+    """Checks that the package of ``log`` is installed.
 
     Raises:
-      ConfigError: If it is not; the message names the extra to install.
+      ConfigError: If it is not installed. The message names the extra to install.
     """
     if log in PACKAGES and importlib.util.find_spec(PACKAGES[log]) is None:
         raise ConfigError(
@@ -152,23 +127,18 @@ def check_installed(log: str) -> None:
         )
 
 
-def open_writer(
-    config: Config, workdir: Path | None, columns: Sequence[str], last_step: int
-) -> Writer:
-    """What a run writes its rows to.
+def open_logs(config: Config, workdir: Path, columns: Sequence[str], last_step: int) -> list[Log]:
+    """Opens the logs of a run.
 
     Args:
-      config: The run; ``config.log`` names what to write beside ``metrics.csv``.
-      workdir: The run folder; ``None`` writes nothing: of several processes only one writes.
+      config: The run. ``config.log`` is the log besides ``metrics.csv``.
+      workdir: The run folder.
       columns: Columns of ``metrics.csv``.
-      last_step: Step of the checkpoint that the run goes on from. Rows after it are forgotten.
+      last_step: Step of the checkpoint that the run resumes from. Rows after it are dropped.
 
     Raises:
-      ConfigError: If the log cannot start.
+      ConfigError: If a log cannot start.
     """
-    if workdir is None:
-        return MetricsFile(None, columns, last_step)
-    chosen = [WRITERS[config.log](config, workdir, last_step)] if config.log in WRITERS else []
-    # Opened last, for it cuts the rows that the others may ask for.
-    metrics = MetricsFile(workdir / "metrics.csv", columns, last_step)
-    return Several([metrics, *chosen])
+    chosen = [LOGS[config.log](config, workdir, last_step)] if config.log in LOGS else []
+    # This drops rows that other logs may read, so open it last.
+    return [MetricsFile(workdir / "metrics.csv", columns, last_step), *chosen]

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what its arrays are, and a SHA-256 of every file and of itself."""
+"""The manifest of a checkpoint: its arrays, and checksums of its files and of the manifest."""
 
 import hashlib
 import json
@@ -15,21 +15,21 @@ FILE = "manifest.json"
 
 
 class DamagedError(Exception):
-    """A checkpoint whose content is not what was saved."""
+    """The content of a checkpoint differs from what was saved."""
 
 
 def write(folder: Path, version: int, tree: PyTree) -> None:
-    """Writes the manifest of the files below ``folder``, which hold ``tree``."""
+    """Writes the manifest of the checkpoint in ``folder``, which holds ``tree``."""
     content = {"version": version, "arrays": kinds(tree), "files": digests(folder)}
     manifest = {"sha256": _digest(content), **content}
     write_whole(folder / FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of ``folder``.
+    """Reads the manifest in ``folder``.
 
     Raises:
-      DamagedError: If it is not as it was written.
+      DamagedError: If the manifest was changed.
     """
     raw = (folder / FILE).read_bytes()
     try:
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def kinds(tree: PyTree) -> dict[str, str]:
-    """The dtype and shape of every array, by name."""
+    """Returns the dtype and shape of each array, by name."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -50,7 +50,7 @@ def kinds(tree: PyTree) -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file below ``folder`` but the manifest, by name."""
+    """Returns the SHA-256 of each file in the subfolders of ``folder``, by name."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.parent != folder:

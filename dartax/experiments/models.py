@@ -1,7 +1,4 @@
-"""Networks of the experiments.
-
-``dtype`` is that of the parameters and of the computation.
-"""
+"""Networks of the experiments."""
 
 import functools
 import math
@@ -19,10 +16,10 @@ class MLP(nn.Module):
     Attributes:
       hidden: Width of every hidden layer.
       num_classes: Number of outputs.
-      scales: Per hidden layer, what its kernel is initialized larger by and its input divided
-        by. The function at the start stays; the learning rate that suits the kernel does not.
-      activation: Behind every hidden layer.
-      dtype: Of the parameters and of the computation.
+      scales: For each hidden layer, a factor that multiplies the initial kernel and divides the
+        input. It does not change the initial function, but the best learning rate of the kernel.
+      activation: Activation of the hidden layers.
+      dtype: Type of the parameters and of the computation.
     """
 
     hidden: Sequence[int]
@@ -64,11 +61,12 @@ class ResNet(nn.Module):
     ResNet-18 has ``blocks_per_stage=(2, 2, 2, 2)`` and ``width=64``.
 
     Attributes:
-      blocks_per_stage: Every stage after the first halves the image and doubles the channels.
+      blocks_per_stage: Number of blocks of each stage. Every stage but the first halves the image
+        and doubles the channels.
       width: Channels of the first stage.
       num_classes: Number of outputs.
       stem_stride: Stride of the first convolution.
-      dtype: Of the parameters and of the computation.
+      dtype: Type of the parameters and of the computation.
     """
 
     blocks_per_stage: Sequence[int]
@@ -110,15 +108,15 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder like GPT-2's, without dropout; int symbols ``[batch, length]`` to logits.
+    """Decoder as in GPT-2, without dropout; int symbols ``[batch, length]`` to logits.
 
     Attributes:
       num_symbols: Number of symbols.
       width: Features per position, a multiple of ``heads``.
       depth: Number of blocks.
       heads: Attention heads per block.
-      context: Greatest length.
-      dtype: Of the parameters and of the computation.
+      context: Maximum length.
+      dtype: Type of the parameters and of the computation.
     """
 
     num_symbols: int
@@ -130,7 +128,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, symbols: jax.Array) -> jax.Array:
-        """Logits ``[batch, length, symbols]`` of the symbol after each position."""
+        """Logits ``[batch, length, symbols]`` of the next symbol at each position."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.dtype}
         batch, length = symbols.shape
         position_init = nn.initializers.normal(0.02)
@@ -151,14 +149,14 @@ class Transformer(nn.Module):
 def patch_convolution(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str, **_: Any
 ) -> jax.Array:
-    """``jax.lax.conv_general_dilated`` as one matrix product over gathered patches.
+    """Computes ``jax.lax.conv_general_dilated`` as a matrix product over patches.
 
     Args:
       x: Images, ``[batch, height, width, channels]``.
       kernel: ``[height, width, channels, features]``.
-      strides: Along height and width.
+      strides: Strides along height and width.
       padding: ``"SAME"`` or ``"VALID"``.
-      **_: Dilation, groups, dimension numbers and precision, all at the defaults of ``nn.Conv``.
+      **_: Other arguments, which must have the defaults of ``nn.Conv``.
     """
     pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
@@ -172,9 +170,9 @@ def patch_convolution(
 
 
 def _conv(features: int, size: int, stride: int, dtype: Any, use_bias: bool = True) -> nn.Conv:
-    """A convolution whose output has ``1 / stride`` of the height and width."""
-    # XLA's convolution on the CPU runs an order of magnitude slower inside lax.scan, and several
-    # times slower under vmap, where it becomes a grouped one. A matrix product suffers neither.
+    """Makes a convolution that divides height and width by ``stride``."""
+    # On the CPU, lax.scan makes a convolution ten times slower. vmap makes it several times slower,
+    # because it becomes a grouped convolution. A matrix product keeps its speed.
     on_cpu = jax.default_backend() == "cpu"
     return nn.Conv(
         features,
@@ -188,5 +186,5 @@ def _conv(features: int, size: int, stride: int, dtype: Any, use_bias: bool = Tr
 
 
 def _norm(channels: int, dtype: Any) -> nn.GroupNorm:
-    """Eight groups, or fewer where the channels do not divide into eight."""
+    """Makes a group norm of eight groups, or fewer if eight do not divide the channels."""
     return nn.GroupNorm(math.gcd(8, channels), dtype=dtype, param_dtype=dtype)

@@ -1,4 +1,4 @@
-"""An optax optimizer from its configuration."""
+"""Builds optax optimizers from their configuration."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from dartax.experiments.config import ConfigError, OptimizerConfig, nearest
 
 PyTree = Any
 
-# Directions for dart: none of them flips the sign.
+# Inner transforms of dart. They must not flip the sign.
 INNER: dict[str, Callable[[], optax.GradientTransformation | None]] = {
     "adam": lambda: None,
     "optax_adam": optax.scale_by_adam,
@@ -26,7 +26,7 @@ INNER: dict[str, Callable[[], optax.GradientTransformation | None]] = {
 def mechanic(
     learning_rate: optax.ScalarOrSchedule, weight_decay: float = 0.01, s_init: float = 1e-6
 ) -> optax.GradientTransformation:
-    """Mechanic around AdamW, whose rate is only the schedule, as its authors run it."""
+    """Mechanic around AdamW. As in the paper, the rate of AdamW is only the schedule."""
     return optax.contrib.mechanize(
         optax.adamw(learning_rate), weight_decay=weight_decay, s_init=s_init
     )
@@ -52,17 +52,17 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def has_rates(name: str) -> bool:
-    """Whether the accessors of dartax find a state in that optimizer."""
+    """Tells whether dartax can read learned rates from the state of the optimizer."""
     return name in ("dart", "paper_dart", *ablations.FACTORY)
 
 
 def schedule(
     config: OptimizerConfig, steps: int, peak: jax.typing.ArrayLike | None = None
 ) -> optax.ScalarOrSchedule:
-    """The multiplier over ``steps`` updates; ``peak`` overrides ``config.learning_rate``."""
+    """Makes the schedule over ``steps`` updates; ``peak`` overrides ``config.learning_rate``."""
     peak = config.learning_rate if peak is None else peak
     warmup = round(config.warmup * steps)
-    # A float stays one, for the transforms that take no schedule.
+    # Some transforms take a float, but no schedule.
     if config.schedule == "constant" and not warmup:
         return peak
     if config.schedule == "constant":
@@ -73,13 +73,13 @@ def schedule(
         after = lambda count: peak * optax.cosine_decay_schedule(1.0, steps - warmup)(count)  # noqa: E731
     if not warmup:
         return after
-    # The first update is not one of rate 0: it has the rate of the end of the first step.
+    # The warmup starts above 0, because an update with rate 0 would be wasted.
     before = lambda count: peak * (count + 1) / (warmup + 1)  # noqa: E731
     return optax.join_schedules([before, after], [warmup])
 
 
 def _takes_number(parameter: inspect.Parameter) -> bool:
-    """Whether an option can be a number: others cannot be written in a configuration."""
+    """Tells whether an option can be a number, as the options in a configuration are."""
     default_is_number = isinstance(parameter.default, int | float)
     return default_is_number or "float" in str(parameter.annotation)
 
@@ -91,16 +91,16 @@ def build(
     key: jax.Array | None = None,
     overrides: Mapping[str, jax.typing.ArrayLike] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer for a run of ``steps`` updates.
+    """Builds the optimizer for a run of ``steps`` updates.
 
     Args:
-      config: Its configuration.
-      steps: Updates that the schedule spans.
-      key: Seed of the draws in place of ``config.key``; may be traced.
-      overrides: Options in place of those of ``config``; may be traced.
+      config: The configuration of the optimizer.
+      steps: Length of the schedule.
+      key: Replaces ``config.key``; may be traced.
+      overrides: Options that replace those of ``config``; may be traced.
 
     Raises:
-      ConfigError: If an option is unknown to the optimizer or out of its range.
+      ConfigError: If an option is unknown or out of range.
     """
     factory = FACTORY[config.name]
     signature = inspect.signature(factory).parameters
@@ -146,7 +146,7 @@ def build(
 
 
 def eval_params(config: OptimizerConfig, opt_state: PyTree, params: PyTree) -> PyTree:
-    """The parameters to test: schedule-free optimizers train others than they return."""
+    """Returns the parameters for evaluation, which differ for schedule-free optimizers."""
     if config.name == "schedule_free_adamw":
         return optax.contrib.schedule_free_eval_params(opt_state, params)
     return params

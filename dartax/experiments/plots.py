@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its ``metrics.csv``."""
+"""Pictures of a run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ Columns = dict[str, np.ndarray]
 
 
 def loss(columns: Columns, *, dark: bool = False) -> Figure:
-    """Training and test loss over time."""
+    """Draws the training and test loss."""
     with theme(dark):
         figure, ax = new_figure()
         ax.plot(
@@ -40,7 +40,7 @@ def loss(columns: Columns, *, dark: bool = False) -> Figure:
         return finish(figure)
 
 
-# In the order in which a person would look at them. The first ones are drawn after each run.
+# In the order of the report. A run draws FIRST when it ends.
 PICTURES: dict[str, Callable[..., Figure]] = {
     "loss": loss,
     "learning_rates": plot.learning_rates,
@@ -54,7 +54,7 @@ FIRST = ("loss", "learning_rates", "concentrations")
 
 
 def read_columns(workdir: Path) -> Columns:
-    """The columns of ``metrics.csv``, with NaN for empty cells.
+    """Reads the columns of ``metrics.csv``, with NaN for empty cells.
 
     Raises:
       ConfigError: If ``workdir`` holds no metrics.
@@ -74,11 +74,11 @@ def read_columns(workdir: Path) -> Columns:
 def pictures(
     columns: Columns, names: Sequence[str] = tuple(PICTURES), *, dark: bool = False
 ) -> Iterator[tuple[str, Figure]]:
-    """Those of the named pictures that the columns are enough for."""
+    """Draws the named pictures, except those that need columns that are missing."""
     possible = {"loss"}
     if any(name.startswith("expected_rate/") for name in columns):
         possible |= {"learning_rates", "concentrations", "heatmap"}
-        if "concentration_total" in columns:  # missing in the runs of older versions
+        if "concentration_total" in columns:  # older versions did not record it
             possible |= {"ridges", "budget"}
         if len(load(columns).paths) >= 3:
             possible.add("simplex")

@@ -1,70 +1,68 @@
-"""What a run leaves behind, apart from its checkpoints, and who may write it.
+"""The files of a run, except its checkpoints, and the lock on its folder.
 
-The state of a run is its checkpoint: all else is written before it, or made from what is there.
-config.toml comes first, whole. A row of metrics.csv is on the disk before the checkpoint of its
-step is, and rows beyond the checkpoint are dropped by whoever resumes. Pictures, rates.txt and at
-last summary.json are made from both, again where they are missing.
+The checkpoint holds the state of a run. All other files are written before the checkpoint, or can
+be made again. A run writes config.toml first. A row of metrics.csv is on the disk before the
+checkpoint of its step. A resumed run drops the rows after the checkpoint. At the end, a run makes
+the pictures, rates.txt and summary.json, in this order, from metrics.csv and the checkpoint.
 """
 
 import contextlib
 import csv
-import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dartax._history import read_rows
+import filelock
+
+from dartax._history import read_csv
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 
-# What summary.json must say of the end of the run.
+# Numbers that summary.json must hold.
 SUMMARY_FIGURES = ("test_loss", "test_accuracy", "train_loss", "steps", "epochs", "wall_s")
 
 
 def make_folder(workdir: Path) -> None:
-    """Makes ``workdir`` where it is missing.
+    """Makes ``workdir`` if it does not exist.
 
     Raises:
       ConfigError: If it cannot be made.
     """
-    with _asked_to_be_writable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _asked_to_be_writable(workdir: Path) -> Iterator[None]:
     try:
-        yield
+        workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(
-            f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
-            "pass another --workdir."
-        ) from error
+        raise _not_writable(workdir, error) from error
+
+
+def _not_writable(workdir: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"workdir must be a writable folder, got {str(workdir)!r} ({error.strerror}); "
+        "pass another --workdir."
+    )
 
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[None]:
-    """Holds ``workdir`` against a second run; the system lets go of it with the process.
+    """Locks ``workdir`` against a second run; the system releases the lock when the process ends.
 
     Raises:
-      ConfigError: If another process holds it.
+      ConfigError: If another process holds the lock.
     """
-    with _asked_to_be_writable(workdir):
-        file = (workdir / "lock").open("a")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"workdir must be of one run at a time, got {str(workdir)!r}, which another "
-                "dartax train holds; wait for it, stop it, or pass another --workdir."
-            ) from error
+    try:
+        lock = filelock.FileLock(workdir / "lock", blocking=False).acquire()
+    except filelock.Timeout as error:
+        raise ConfigError(
+            f"workdir must be of one run at a time, got {str(workdir)!r}, which another "
+            "dartax train holds; wait for it, stop it, or pass another --workdir."
+        ) from error
+    except OSError as error:
+        raise _not_writable(workdir, error) from error
+    with lock:
         yield
 
 
@@ -74,59 +72,51 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_summary(workdir: Path) -> dict[str, Any] | None:
-    """The summary of a finished run; ``None`` where it is missing, or damaged, with a sentence."""
+    """Reads ``summary.json``; returns ``None`` if it is missing or damaged."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        figures = [summary[name] for name in SUMMARY_FIGURES]
-    except FileNotFoundError:
+        complete = all(isinstance(summary[name], int | float) for name in SUMMARY_FIGURES)
+    except (FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
         return None
-    except (KeyError, RecursionError, TypeError, ValueError):
-        figures = [None]
-    if all(isinstance(figure, int | float) for figure in figures):
-        return summary
-    print(
-        f"dartax: {workdir / 'summary.json'} is damaged; writing it again from the checkpoint.",
-        file=sys.stderr,
-    )
-    return None
+    return summary if complete else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of ``metrics.csv``; an empty cell is ``None``, a row cut short ends the file."""
+    """Reads ``metrics.csv``; returns no rows if it does not exist.
+
+    Raises:
+      ConfigError: If a cell is not a number.
+    """
     try:
-        return read_rows(path)
+        return read_csv(path) if path.exists() else []
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def _step(line: str) -> float:
-    """The step of a row; infinite where the row has none."""
+    """Returns the step of a row of ``metrics.csv``; infinity if the row is damaged."""
     cell = line.split(",", 1)[0]
     return int(cell) if cell.isdecimal() else math.inf
 
 
 class MetricsFile:
-    """``metrics.csv``: a header, then a row per logging interval, flushed as it is written."""
+    """Writes ``metrics.csv``: a header, then one row per logging interval."""
 
-    def __init__(self, path: Path | None, columns: Sequence[str], last_step: int):
-        """Opens ``path``, keeping the rows up to ``last_step`` of an earlier part of the run.
-
-        Without a path the rows go nowhere: of several processes only one writes.
+    def __init__(self, path: Path, columns: Sequence[str], last_step: int):
+        """Opens ``path`` and drops the rows after ``last_step``.
 
         Raises:
-          ConfigError: If the rows are of something else, or do not reach ``last_step``.
+          ConfigError: If the columns differ, or the rows do not reach ``last_step``.
         """
-        self._file = None
-        if path is None:
-            return
         text = path.read_text(errors="replace") if path.exists() else ""
         header, *lines = text.splitlines(keepends=True) or [""]
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
         expected = ",".join(columns) + "\n"
         if header not in ("", expected):
             raise ConfigError(
-                f"{path} must begin with the columns {expected[:40]}..., got {header[:40]!r}; end "
-                "that run with the dartax that began it, or start again with another --workdir."
+                f"{path} must begin with the columns {expected[:40]}..., got {header[:40]!r}; "
+                "finish that run with the dartax that began it, or start again with another "
+                "--workdir."
             )
         reached = _step(kept[-1]) if kept else 0
         if reached != last_step:
@@ -139,26 +129,23 @@ class MetricsFile:
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row; columns that it does not name stay empty."""
-        if self._file is not None:
-            self._writer.writerow(row)
-            self._file.flush()
+        """Appends a row; missing columns stay empty."""
+        self._writer.writerow(row)
+        self._file.flush()
 
     def sync(self) -> None:
         """Waits until the rows are on the disk."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def git_commit() -> str | None:
-    """The commit that dartax was imported from, with -dirty after local changes.
+    """Returns the commit of dartax, followed by -dirty if there are local changes.
 
-    ``None`` for an installed copy, also where it lies inside the repository of something else.
+    Returns ``None`` for an installed copy, even if it lies inside another repository.
     """
 
     def git(*arguments: str) -> str:
@@ -178,9 +165,9 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide a result; ``None`` for a checkout that is not installed.
+    """Returns the versions of the packages that affect a result.
 
-    Such a one can be imported, from the path, and is told apart by :func:`git_commit`.
+    The version of dartax is ``None`` if it was imported from a checkout and is not installed.
     """
 
     def version(name: str) -> str | None:

@@ -1,41 +1,40 @@
-"""What the cells of a comparison say: ratios of losses, steps to a target, profiles, basins."""
+"""Scores of a comparison: ratios of losses, steps to a target, profiles and basins."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dartax.experiments import compare
-from dartax.experiments.compare import CompareConfig
+from dartax.experiments.compare import CompareConfig, geometric_mean
 
 Cells = Mapping[str, Mapping[str, Any]]
 
-# Profiles are drawn, and their area taken, up to this many times the fewest steps.
+# Upper limit of tau in profiles.
 MAX_TAU = 4.0
-# A rate is inside the basin where the loss is at most this many times the best one.
+# The basin of a rate: the loss is at most this factor times the best loss.
 BASIN = 1.01
-# First rates up to this one are meant to end alike.
+# Initial rates up to this value should give similar losses.
 SAFE = 1e-4
 
 
 def losses(cell: Mapping[str, Any], kind: str = "test_loss") -> np.ndarray:
-    """Loss curves ``[values, seeds, evaluations]``; infinite where a run has diverged."""
+    """Returns the loss curves ``[values, seeds, evaluations]``; infinite if not finite."""
     array = np.array(cell[kind], float)  # None becomes NaN
     return np.where(np.isfinite(array), array, np.inf)
 
 
 def counted(config: CompareConfig, name: str, cell: Mapping[str, Any]) -> int:
-    """Index of the swept value that counts: of a tuned optimizer the one with the least loss."""
+    """Returns the index of the swept value that counts, the best one of a tuned optimizer."""
     if config.optimizers[name].role != "tuned":
         return 0
     return int(np.argmin(losses(cell)[..., -1].mean(-1)))
 
 
 def steps_to(curve: np.ndarray, target: float) -> float:
-    """Evaluations until a loss curve first is at most ``target``; infinite where it never is.
+    """Returns the evaluations until a loss curve reaches ``target``; infinite if it never does.
 
-    Between two evaluations the logarithm of the loss is taken as linear. The first evaluation
-    has nothing before it, and counts in full.
+    Between two evaluations, the logarithm of the loss is interpolated linearly. The result is at
+    least 1, because there is no loss before the first evaluation.
     """
     reached = np.flatnonzero(curve <= target)
     if not len(reached):
@@ -48,10 +47,10 @@ def steps_to(curve: np.ndarray, target: float) -> float:
 
 
 def width(values: Sequence[float], mean_loss: np.ndarray) -> float:
-    """Decades of rates around the best one whose mean loss is within 1 % of the best.
+    """Returns the width, in decades, of the basin around the best rate.
 
-    Between two rates the loss is taken as linear in the logarithm of the rate. The basin ends
-    where the swept values end.
+    Between two rates, the loss is interpolated linearly in the logarithm of the rate. The basin
+    includes at most the range of the swept values.
     """
     x, y = np.log10(values), np.asarray(mean_loss) / np.min(mean_loss)
     best = int(np.argmin(y))
@@ -68,20 +67,15 @@ def width(values: Sequence[float], mean_loss: np.ndarray) -> float:
     return float(edges[1] - edges[0])
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    """Geometric mean; NaN of nothing."""
-    return float(compare.geometric_mean(values)) if len(values) else np.nan
-
-
 def profile(steps: np.ndarray, taus: np.ndarray) -> np.ndarray:
-    """Performance profiles (Dolan and More, 2002; as in AlgoPerf).
+    """Computes performance profiles (Dolan and More, 2002; as in AlgoPerf).
 
     Args:
-      steps: Steps to the target, ``[optimizers, tasks]``, infinite where it is not reached.
+      steps: Steps to the target, ``[optimizers, tasks]``; infinite if it is not reached.
       taus: Multiples of the fewest steps of any optimizer on the task, ``[n]``.
 
     Returns:
-      The part of the tasks that each optimizer solves within tau, ``[optimizers, n]``.
+      The fraction of the tasks that each optimizer solves within tau, ``[optimizers, n]``.
     """
     fewest = np.min(steps, axis=0)
     ratio = np.where(np.isfinite(steps), steps, np.inf) / np.where(np.isfinite(fewest), fewest, 1.0)
@@ -89,15 +83,15 @@ def profile(steps: np.ndarray, taus: np.ndarray) -> np.ndarray:
 
 
 def score(config: CompareConfig, results: Cells) -> dict[str, Any]:
-    """Everything that the table and the pictures show.
+    """Computes all scores for the table and the pictures.
 
     Args:
       config: The comparison.
       results: Its finished cells by task and optimizer; some may be missing.
 
     Returns:
-      ``cells`` by task and optimizer, ``optimizers`` with what is taken over tasks, ``profile``,
-      and ``best_peer``: the target role against the best peer of each task.
+      ``cells`` by task and optimizer; ``optimizers``, with means over tasks; ``profile``; and
+      ``best_peer``, which compares dart with the best peer on each task.
     """
     scored: dict[str, dict[str, Any]] = {task: {} for task in config.tasks}
     for task, found in results.items():
@@ -150,11 +144,11 @@ def _score_cell(
         if finite and len(final) > 1
         else np.nan,
         "ratio": float(final.mean() / target),
-        # Of the mean over the seeds, which for the target itself ends at its own loss.
+        # The curve is the mean over the seeds, so the target reaches its own loss at the end.
         "steps": every * steps_to(curves[index].mean(0), target * (1 + 1e-6)),
-        # Of a run, compilation left out, over that of the target.
+        # Time of a run relative to the target, without compilation.
         "time": cell["seconds_per_run"] / target_seconds,
-        # A loss that ends far above the first evaluation counts as diverged as well.
+        # A final loss far above the first evaluation counts as diverged too.
         "diverged": int(np.sum(~(final <= 1.5 * curves[index, :, 0]))),
     }
     if entrant.values:
@@ -170,7 +164,7 @@ def _score_cell(
 
 
 def _profile(config: CompareConfig, scored: Cells, optimizers: Mapping[str, Any]) -> dict[str, Any]:
-    """Profiles of all that ran every task, but for basins and ablations."""
+    """Computes the profiles of all optimizers with all tasks, except basins and ablations."""
     tasks = [task for task in scored if scored[task]]
     names = [
         name
@@ -193,7 +187,7 @@ def _profile(config: CompareConfig, scored: Cells, optimizers: Mapping[str, Any]
 
 
 def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
-    """For each task the best peer, and the loss of the ``dart`` entrant over its loss."""
+    """Finds the best peer on each task, and the ratio of the loss of dart to its loss."""
     dart = [name for name, entrant in config.optimizers.items() if entrant.role == "dart"]
     peers = [name for name, entrant in config.optimizers.items() if entrant.role == "peer"]
     best = {}
@@ -203,11 +197,12 @@ def _best_peer(config: CompareConfig, scored: Cells) -> dict[str, Any]:
             name = min(present, key=lambda n: cells[n]["mean"])
             ratio = cells[dart[0]]["mean"] / cells[name]["mean"]
             best[task] = {"optimizer": name, "ratio": ratio}
-    return {"tasks": best, "ratio": geometric_mean([b["ratio"] for b in best.values()])}
+    ratios = [peer["ratio"] for peer in best.values()]
+    return {"tasks": best, "ratio": geometric_mean(ratios) if ratios else np.nan}
 
 
 def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
-    """The comparison as text for a terminal: losses, steps to the target, peers and basins."""
+    """Formats the comparison for a terminal: losses, steps to the target, peers and basins."""
     tasks = [task for task in config.tasks if scores["cells"][task]]
     names = [
         name
@@ -245,7 +240,7 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Formats rows as lines, with the first column left-aligned and the others right-aligned."""
     count = max(map(len, rows))
     full = [[*row, *[""] * (count - len(row))] for row in rows]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]
@@ -259,7 +254,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _basins(config: CompareConfig, scores: Mapping[str, Any]) -> list[str]:
-    """How much the final loss depends on the rate that is given, a line per task and entrant."""
+    """Describes how the final loss depends on the given rate, one line per task and basin."""
     lines = []
     for task, cells in scores["cells"].items():
         found = [name for name in cells if config.optimizers[name].role == "basin"]

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: how a run is told to stop."""
+"""Handling of Ctrl-C and SIGTERM, which stop a run."""
 
 import contextlib
 import signal
@@ -9,13 +9,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _in_main_thread() -> bool:
-    """Whether this thread may set handlers: no other one gets signals."""
+    """Tells whether this thread may set signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """SIGTERM raises ``KeyboardInterrupt(SIGTERM)``, as Ctrl-C raises one without a number."""
+    """Makes SIGTERM raise ``KeyboardInterrupt(SIGTERM)``."""
 
     def interrupt(signum, _):
         raise KeyboardInterrupt(signum)
@@ -31,12 +31,12 @@ def interrupt_on_sigterm() -> Iterator[None]:
 
 
 class HeldSignals:
-    """Ctrl-C and SIGTERM, held back so that the run can save a checkpoint.
+    """Records Ctrl-C and SIGTERM, so that the run can save a checkpoint before it stops.
 
-    The second one has its plain effect and ends the process at once, whatever it waits for.
+    A second signal ends the process immediately, even while it waits.
 
     Attributes:
-      signum: Number of the signal that came; 0 before one does.
+      signum: Number of the received signal, or 0.
     """
 
     signum = 0

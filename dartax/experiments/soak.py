@@ -1,7 +1,7 @@
-"""A million steps of a small network: whether anything in the state drifts, overflows or sticks.
+"""Soak test: a million steps of a small network, to find drift or overflow in the optimizer state.
 
-The training is one ``lax.scan`` for each of a hundred points of the record. A NaN in the gradient
-comes every thousand steps, and must cost its step alone.
+The test records the state at a hundred points, with one ``lax.scan`` between two points. Every
+thousandth gradient holds a NaN, which must affect only its own step.
 """
 
 import json
@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = 
 
 
 def make_params(key: jax.Array) -> PyTree:
-    """A network of one hidden layer."""
+    """Initializes a network with one hidden layer."""
     keys = jax.random.split(key)
     return {
         "hidden": {
@@ -50,7 +50,7 @@ def make_params(key: jax.Array) -> PyTree:
 
 
 def loss_fn(params: PyTree, key: jax.Array) -> jax.Array:
-    """Squared error on a batch of its own: a function that the network can learn, and noise."""
+    """Returns the squared error on a random batch of a smooth function with noise."""
     input_key, noise_key = jax.random.split(key)
     x = jax.random.normal(input_key, (BATCH, INPUTS))
     y = jnp.sin(x[:, :1]) * x[:, 1:2] + 0.1 * jax.random.normal(noise_key, (BATCH, 1))
@@ -59,7 +59,7 @@ def loss_fn(params: PyTree, key: jax.Array) -> jax.Array:
 
 
 def magnitudes(state: PyTree) -> dict[str, jax.Array]:
-    """The greatest magnitude in every field of a state, by name."""
+    """Returns the largest magnitude in each field of a state, by name."""
     fields: dict[str, list[jax.Array]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         names = [k.name for k in path if isinstance(k, jax.tree_util.GetAttrKey)]
@@ -70,7 +70,7 @@ def magnitudes(state: PyTree) -> dict[str, jax.Array]:
 
 
 def soak(name: str, steps: int, progress: Callable[[int], Any]) -> dict[str, list[Any]]:
-    """Trains with one optimizer; returns the record of every field, ``POINTS`` long."""
+    """Trains with one optimizer; returns the ``POINTS`` recorded values of each field."""
     optimizer, every = OPTIMIZERS[name](steps), steps // POINTS
     key = jax.random.key(0)
 
@@ -106,18 +106,18 @@ def soak(name: str, steps: int, progress: Callable[[int], Any]) -> dict[str, lis
 def run(
     steps: int = 1_000_000, workdir: str | Path = "runs/soak", *, progress: bool = True
 ) -> dict[str, Any]:
-    """Soaks every optimizer, and leaves ``soak.json`` and ``soak.png`` in ``workdir``.
+    """Runs the test for each optimizer, and writes ``soak.json`` and ``soak.png``.
 
     Args:
-      steps: Of each optimizer; a multiple of 100.
-      workdir: Folder of the results; made where it is missing.
-      progress: Whether to draw a progress bar.
+      steps: Steps of each optimizer, a multiple of 100.
+      workdir: Folder of the results, made if it does not exist.
+      progress: Whether to show a progress bar.
 
     Returns:
-      The results, as written to ``soak.json``.
+      The content of ``soak.json``.
 
     Raises:
-      ConfigError: If ``steps`` cannot be cut into the points of the record.
+      ConfigError: If ``steps`` is not a positive multiple of 100.
     """
     if steps < POINTS or steps % POINTS:
         fitting = max(1, round(steps / POINTS)) * POINTS
@@ -148,18 +148,18 @@ def run(
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes the results, one record on a line."""
+    """Writes the results, with one record per line."""
     text = json.dumps(content, indent=1)
     write_whole(path, re.sub(r"(?<=[\[,])\n\s+(?=[-\dn])|(?<=[\dl])\n\s+(?=\])", "", text) + "\n")
 
 
 def series(values: list[Any]) -> np.ndarray:
-    """A record as numbers; NaN where one was not finite."""
+    """Converts a record to numbers; NaN for values that were not finite."""
     return np.array([np.nan if value is None else value for value in values], float)
 
 
 def table(content: dict[str, Any]) -> str:
-    """For every field its greatest magnitude early and late, and over the whole run."""
+    """Formats, for each field, the magnitude at three points and its maximum."""
     lines = []
     for name, record in content["records"].items():
         rows = [[name, "at 1 %", "at 50 %", "at the end", "greatest"]]
@@ -172,7 +172,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def draw(content: dict[str, Any]) -> Figure:
-    """Loss, rates, concentrations and moments of every optimizer over the steps."""
+    """Draws loss, rates, concentrations and moments of each optimizer."""
     records = content["records"]
     figure = Figure(figsize=(4.2 * len(records), 9.5), layout="constrained")
     axes = figure.subplots(4, len(records), sharex=True, squeeze=False)

@@ -1,4 +1,4 @@
-"""Training problems as pure functions, for runs that are vmapped and scanned."""
+"""Training problems as pure functions."""
 
 import dataclasses
 import math
@@ -29,23 +29,23 @@ Problem = Literal[
     "quadratic",
 ]
 
-# Test examples evaluated at once: convolutions of a whole test set would not fit into memory.
+# Test examples evaluated at once. Convolutions of a whole test set would not fit into memory.
 TEST_CHUNK = 500
 TEST_WINDOWS = 256
 VISCOSITY = 0.1 / math.pi
 
 
 class Task(NamedTuple):
-    """A training problem as pure functions, so that seeds and settings can be vmapped.
+    """A training problem as pure functions, which can be vmapped over seeds and settings.
 
     Attributes:
-      init: Key to parameters.
-      batches: Key to the batches of all steps, leading axis ``[steps]``. Indices and keys, which
-        are small, not the examples.
-      train_loss: ``(params, data, batch)`` to a float32 scalar.
-      test_loss: ``(params, data)`` to a float32 scalar.
-      data: Device arrays; an argument, because a closure would compile them in as constants.
-      metric: What ``test_loss`` is.
+      init: Makes parameters from a key.
+      batches: Makes the batches of all steps from a key, with leading axis ``[steps]``. A batch
+        consists of indices and keys, because the examples would need too much memory.
+      train_loss: Maps ``(params, data, batch)`` to a float32 scalar.
+      test_loss: Maps ``(params, data)`` to a float32 scalar.
+      data: Device arrays. They are arguments, because a closure would compile them as constants.
+      metric: Name of the test loss.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -61,29 +61,30 @@ class TaskConfig:
     """A training problem and the size of its network."""
 
     problem: Problem
-    """What to learn."""
+    """Kind of problem."""
     steps: int
     """Number of batches."""
     batch_size: int = 64
-    """Examples per step; windows of text, collocation points of burgers, noise of quadratic."""
+    """Examples per step: text windows of shakespeare, collocation points of burgers. Determines
+    the gradient noise of quadratic."""
     layers: tuple[int, ...] = (128, 128)
     """Hidden widths of an MLP, channels of a ConvNet, blocks per stage of a ResNet, lengths of the
     vectors of quadratic."""
     width: int = 64
-    """Features of the transformer; channels of the first stage of a ResNet."""
+    """Features of the transformer, or channels of the first stage of a ResNet."""
     depth: int = 2
-    """Blocks of the transformer."""
+    """Number of blocks of the transformer."""
     heads: int = 4
-    """Attention heads of the transformer, a divisor of width."""
+    """Attention heads of the transformer. Must divide width."""
     context: int = 64
-    """Characters that the transformer sees."""
+    """Context length of the transformer, in characters."""
     stem_stride: int = 2
     """Stride of the first convolution of a ResNet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters and of the computation; losses are reduced in float32."""
+    """Type of the parameters and of the computation. Losses are float32."""
     layer_scale: float = 1.0
-    """How much larger every second hidden kernel of an MLP is, at the same function at the start:
-    far from 1, one learning rate cannot serve both kinds of layer."""
+    """Factor of the initial size of every second hidden kernel of an MLP, with the same initial
+    function. If it is far from 1, no single learning rate suits all layers."""
 
     def __post_init__(self):
         for name, kind in (("problem", Problem), ("dtype", Literal["float32", "bfloat16"])):
@@ -157,18 +158,18 @@ def build(config: TaskConfig) -> Task:
 
 
 def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean cross-entropy of logits ``[..., classes]``, in float32."""
+    """Returns the mean cross-entropy of logits ``[..., classes]``, in float32."""
     logits = outputs.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 def squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean squared error over all elements, in float32."""
+    """Returns the mean squared error over all elements, in float32."""
     return jnp.mean((outputs.astype(jnp.float32).reshape(y.shape) - y) ** 2)
 
 
 def epoch_batches(key: jax.Array, num_examples: int, batch_size: int, steps: int) -> jax.Array:
-    """Indices ``[steps, batch_size]``: per epoch a new permutation, its rest dropped."""
+    """Returns indices ``[steps, batch_size]``. Each epoch is a permutation without its rest."""
     per_epoch = num_examples // batch_size
     keys = jax.random.split(key, -(-steps // per_epoch))
     orders = jax.vmap(lambda key: jax.random.permutation(key, num_examples))(keys)
@@ -176,7 +177,7 @@ def epoch_batches(key: jax.Array, num_examples: int, batch_size: int, steps: int
 
 
 def burgers_solution(t: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The solution of u_t + u u_x = nu u_xx with u(0, x) = -sin(pi x), by Cole and Hopf.
+    """Solves u_t + u u_x = nu u_xx with u(0, x) = -sin(pi x), by the Cole-Hopf transform.
 
     u(t, x) = -E[sin(pi y) f(y)] / E[f(y)], f(y) = exp(-cos(pi y) / (2 pi nu)), over normal y
     of mean x and variance 2 nu t (Basdevant et al., 1986). ``t`` and ``x`` broadcast.
@@ -188,7 +189,7 @@ def burgers_solution(t: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _is_count(value: Any) -> bool:
-    """Whether ``value`` is an int of at least 1."""
+    """Tells whether ``value`` is an int of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -197,7 +198,7 @@ def _mlp(
     num_outputs: int,
     activation: Callable[[jax.Array], jax.Array] = nn.relu,
 ) -> MLP:
-    """The MLP of a configuration, every second hidden layer scaled."""
+    """Makes the MLP of a configuration, with every second hidden layer scaled."""
     scales = [config.layer_scale if i % 2 else 1.0 for i in range(len(config.layers))]
     return MLP(config.layers, num_outputs, scales, activation, jnp.dtype(config.dtype))
 
@@ -211,7 +212,7 @@ def _supervised(
     *,
     flips: bool = False,
 ) -> Task:
-    """Examples and targets; ``flips`` mirrors training images at random."""
+    """Makes a supervised task; ``flips`` mirrors training images at random."""
     num_examples = len(dataset.train_x)
     if config.batch_size > num_examples:
         raise ConfigError(
@@ -240,7 +241,7 @@ def _supervised(
 
 
 def _shakespeare(config: TaskConfig) -> Task:
-    """The next character, at every position of a window."""
+    """Makes the task to predict the next character at each position of a window."""
     text = data_lib.shakespeare()
     if config.context >= len(text.test):
         raise ConfigError(
@@ -280,7 +281,7 @@ def _task(
     loss: Callable[[jax.Array, jax.Array], jax.Array],
     metric: str,
 ) -> Task:
-    """A task of inputs and targets: ``examples`` makes those of a batch from ``data["train"]``."""
+    """Makes a task; ``examples`` maps ``data["train"]`` and a batch to inputs and targets."""
     example = data["test"][0][:1]
 
     def loss_of(params, x, y):
@@ -305,7 +306,7 @@ def _task(
 
 
 def _burgers(config: TaskConfig) -> Task:
-    """Burgers' equation by a physics-informed network (Raissi, Perdikaris, Karniadakis, 2019).
+    """Solves Burgers' equation with a physics-informed network (Raissi et al., 2019).
 
     Viscosity 0.1 / pi, t in [0, 1], x in [-1, 1], u = 0 at x = -1 and x = 1.
     """
@@ -361,7 +362,7 @@ def _quadratic(config: TaskConfig) -> Task:
     """The noisy quadratic model: 1/2 sum_i lambda_i x_i^2 with lambda_i = 1 / i.
 
     The gradient of a batch has covariance diag(lambda) / batch_size (Zhang et al., 2019,
-    arXiv:1907.04164). x is cut into vectors of the lengths ``layers``.
+    arXiv:1907.04164). x is split into vectors of the lengths ``layers``.
     """
     if not config.layers:
         raise ConfigError("layers must name the lengths of vectors, got (); pass e.g. (50, 50).")

@@ -1,14 +1,14 @@
-"""The kernels of a compiled step and the bytes that they move, counted in the program as text."""
+"""Counts the kernels of a compiled program, and the bytes that they move, from its HLO text."""
 
 import math
 import re
 from typing import NamedTuple
 
-# Name for the computation that a program begins with.
+# Name of the entry computation.
 ENTRY = ""
-# What the entry computation names without a kernel behind it.
+# Operations without a kernel.
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
-# What reads no more of its first operand than it makes.
+# Operations that read only as much of their first operand as they output.
 _TAKES = ("slice", "dynamic-slice", "gather")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) .*{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z-]+)\((.*?)\)(,.*|$)")
@@ -17,13 +17,13 @@ _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Traffic(NamedTuple):
-    """What a compiled program does at every call.
+    """Kernels and memory traffic of one call of a compiled program.
 
     Attributes:
-      kernels: Instructions that are not free.
-      bytes: What they read and write, each of their operands and results once; of an operand that a
-        kernel only takes slices of, these. An update of a part of an array, in place, counts as
-        one of the whole.
+      kernels: Number of instructions that need a kernel.
+      bytes: Bytes that the kernels read and write. Each operand and result counts once. If a kernel
+        only takes slices of an operand, the slices count. An in-place update of a part of an array
+        counts as an update of the whole array.
     """
 
     kernels: int
@@ -31,7 +31,7 @@ class Traffic(NamedTuple):
 
 
 def _array_bytes(shape: str) -> float:
-    """The size of the arrays in an HLO shape, such as ``(f32[3,2]{1,0}, bf16[])``."""
+    """Returns the size of the arrays in an HLO shape, such as ``(f32[3,2]{1,0}, bf16[])``."""
     return sum(
         math.prod(map(int, filter(None, dimensions.split(",")))) * int(bits or 8) / 8
         for bits, dimensions in _ARRAY.findall(shape)
@@ -39,7 +39,7 @@ def _array_bytes(shape: str) -> float:
 
 
 class Instruction(NamedTuple):
-    """A line of an HLO computation: what it makes, how, of what, and the computation it calls."""
+    """One line of an HLO computation."""
 
     name: str
     shape: str
@@ -49,12 +49,12 @@ class Instruction(NamedTuple):
 
     @property
     def dimensions(self) -> str:
-        """Of its array; empty for scalars and tuples."""
+        """The dimensions of the result; empty for scalars and tuples."""
         return _ARRAY.findall(self.shape)[0][1] if self.shape[0] != "(" else ""
 
 
 def _computations(hlo: str) -> dict[str, list[Instruction]]:
-    """The instructions of every computation of a module, by name."""
+    """Parses the instructions of each computation of a module, by name."""
     found: dict[str, list[Instruction]] = {}
     body: list[Instruction] = []
     for line in re.sub(r"/\*.*?\*/", "", hlo).splitlines():
@@ -69,16 +69,16 @@ def _computations(hlo: str) -> dict[str, list[Instruction]]:
 
 
 def _read(body: list[Instruction]) -> dict[int, float]:
-    """How much a kernel reads of each of its operands, by number; of those that are not there, all.
+    """Returns the fraction that a kernel reads of each operand, by number.
 
-    A loop over a slice computes no more of what it is a slice of than that.
+    An elementwise operation before a slice only computes the elements of the slice.
     """
     users: dict[str, list[Instruction]] = {}
     for instruction in body:
         for operand in set(instruction.operands):
             users.setdefault(operand, []).append(instruction)
 
-    # What a kernel needs of a value: what its slices are of it, or all. Users come after it.
+    # The fraction of each value that the kernel needs. Users come after the value.
     fraction: dict[str, float] = {}
     for value in reversed(body):
         needed = 0.0
@@ -95,7 +95,7 @@ def _read(body: list[Instruction]) -> dict[int, float]:
 
 
 def traffic(hlo: str) -> Traffic:
-    """Counts the kernels of an optimized HLO module, from its text, and the bytes they move."""
+    """Counts the kernels of an optimized HLO module, and the bytes that they move."""
     computations = _computations(hlo)
     size: dict[str, float] = {}
     kernels, moved = 0, 0.0

@@ -1,7 +1,8 @@
-"""Trains a network as a configuration says, and leaves a run folder behind."""
+"""Trains a network and writes a run folder."""
 
 import contextlib
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,40 +31,30 @@ from dartax.experiments.run_folder import (
     write_json,
 )
 from dartax.experiments.signals import HeldSignals
+from dartax.experiments.tasks import cross_entropy
 
 PyTree = Any
 
-# Columns of metrics.csv ahead of those of the blocks.
+# First columns of metrics.csv; the columns of the blocks follow.
 COLUMNS = ["step", "epoch", "wall_s", "train_loss", "test_loss", "test_accuracy", "rate"]
-# Scalars of dartax.metrics beside those of every leaf, such as expected_rate/Dense_0/kernel.
+# Scalars of dartax.metrics to record, besides the columns of leaves.
 SCALARS = ("concentration_total", "spent", "skipped", "multiplier", "min_rate", "rate_budget")
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and a checkpoint keeps."""
+    """The state of training, which checkpoints hold."""
 
     params: PyTree
     opt_state: PyTree
 
 
 class Functions(NamedTuple):
-    """The compiled functions of a run."""
+    """The functions of a run."""
 
     shuffle: Callable[[int], jax.Array]
     interval: Callable[..., tuple[TrainState, jax.Array]]
     evaluate: Callable[[TrainState], tuple[jax.Array, jax.Array]]
     rates: Callable[[TrainState], dict[str, jax.Array]]
-
-
-def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean cross-entropy of a batch."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
-def loss_fn(model: MLP, params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The training loss of a batch."""
-    logits: Any = model.apply({"params": params}, x)
-    return cross_entropy(logits, y)
 
 
 def compile_functions(
@@ -74,7 +65,7 @@ def compile_functions(
     mesh: jax.sharding.Mesh,
     state_shardings: TrainState,
 ) -> Functions:
-    """Puts the data on every device of the mesh and closes the functions of the run over it."""
+    """Puts the data on all devices and makes the jitted functions of a run."""
     everywhere = devices.replicated(mesh)
     train_x, train_y = jax.device_put((dataset.train_x, dataset.train_y), everywhere)
     test_x, test_y = jax.device_put((dataset.test_x, dataset.test_y), everywhere)
@@ -83,21 +74,23 @@ def compile_functions(
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def shuffle(epoch):
-        """Indices of the batches of an epoch, ``[steps_per_epoch, batch_size]``."""
+        """Returns the indices of the batches of an epoch, ``[steps_per_epoch, batch_size]``."""
         order = jax.random.permutation(jax.random.fold_in(shuffle_key, epoch), len(train_x))
         return order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1)
 
-    # The data are arguments: as constants they would be copied into the program.
+    # The data are arguments, because constants would be copied into the program.
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_shardings, everywhere))
     def interval(state, x, y, batches, first, last):
-        """Steps ``first`` to ``last`` of an epoch; returns the mean loss. One compilation."""
+        """Runs steps ``first`` to ``last`` of an epoch; returns the new state and the mean loss."""
+
+        def loss_fn(params, batch):
+            logits: Any = model.apply({"params": params}, x[batch])
+            return cross_entropy(logits, y[batch])
 
         def step(i, carry):
             (params, opt_state), total = carry
             batch = devices.split_batch(mesh, batches[i])
-            loss, grads = jax.value_and_grad(functools.partial(loss_fn, model))(
-                params, x[batch], y[batch]
-            )
+            loss, grads = jax.value_and_grad(loss_fn)(params, batch)
             updates, opt_state = optimizer.update(grads, opt_state, params, value=loss)
             return TrainState(optax.apply_updates(params, updates), opt_state), total + loss
 
@@ -127,21 +120,21 @@ def compile_functions(
 
 
 def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, Any]:
-    """Trains to the end, from the last checkpoint in ``config.workdir`` if there is one.
+    """Trains to the end, and resumes from the last checkpoint if there is one.
 
     Args:
-      config: The run. ``workdir`` is made where it is missing.
-      progress: Whether to draw a progress bar.
+      config: The run. ``workdir`` is made if it does not exist.
+      progress: Whether to show a progress bar.
 
     Returns:
-      The summary, as written to ``summary.json``.
+      The content of ``summary.json``.
 
     Raises:
-      ConfigError: If the configuration makes no run, ``workdir`` holds another one, or another
-        process is at work there.
+      ConfigError: If the configuration is invalid, or ``workdir`` holds another run or is in use.
       DataError: If the data are missing or damaged.
-      OSError: If the run folder cannot be read or written; the run can be resumed.
-      KeyboardInterrupt: After Ctrl-C or SIGTERM, with its number, once a checkpoint is saved.
+      OSError: If a file cannot be read or written. The run can be resumed.
+      KeyboardInterrupt: After Ctrl-C or SIGTERM, once a checkpoint is saved. The argument is the
+        number of the signal.
     """
     logs.check_installed(config.log)
     workdir = Path(config.workdir)
@@ -169,19 +162,24 @@ def train_and_evaluate(config: Config, *, progress: bool = True) -> dict[str, An
 
     try:
         shapes = jax.eval_shape(init)
-    except (TypeError, ValueError) as error:  # what only the parameters can tell
+    except (TypeError, ValueError) as error:  # options that depend on the parameters
         raise ConfigError(f"optimizer.options: {error}") from error
 
     make_folder(workdir)
     if (summary := read_summary(workdir)) is not None:
         claim_workdir(config, workdir)
         return summary
+    if (workdir / "summary.json").exists():
+        print(
+            f"dartax: {workdir / 'summary.json'} is damaged; writing it again from the checkpoint.",
+            file=sys.stderr,
+        )
     shardings = TrainState(*devices.state_shardings(mesh, optimizer, *shapes))
     functions = compile_functions(config, model, optimizer, dataset, mesh, shardings)
     first_state = jax.jit(init, out_shardings=shardings)
     with contextlib.ExitStack() as stack, devices.exit_if_left_alone():
         with devices.together():
-            if devices.is_first_process():  # which alone writes
+            if devices.is_first_process():  # only one process writes
                 stack.enter_context(held(workdir))
                 claim_workdir(config, workdir)
         return _train(config, functions, first_state, shapes, shardings, mesh, progress)
@@ -196,7 +194,7 @@ def _train(
     mesh: jax.sharding.Mesh,
     progress: bool,
 ) -> dict[str, Any]:
-    """The rest of the run in ``config.workdir``, and its summary."""
+    """Runs the remaining steps of the run in ``config.workdir``; returns the summary."""
     workdir = Path(config.workdir)
     steps_per_epoch = len(functions.shuffle(0))
     total_steps = config.epochs * steps_per_epoch
@@ -210,13 +208,15 @@ def _train(
     state = checkpoints.restore(step, devices.placed(shapes, shardings)) if step else first_state()
     columns = COLUMNS + [name for name in functions.rates(state) if name not in COLUMNS]
     with devices.together():
-        metrics = logs.open_writer(config, workdir if writes else None, columns, last_step=step)
+        opened = logs.open_logs(config, workdir, columns, step) if writes else []
     rows = read_metrics(workdir / "metrics.csv")
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
 
     bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (progress and writes))
-    with HeldSignals() as signals, bar, contextlib.closing(metrics):
+    with HeldSignals() as signals, bar, contextlib.ExitStack() as stack:
+        for log in opened:
+            stack.callback(log.close)
         for epoch in range(step // steps_per_epoch, config.epochs):
             batches = functions.shuffle(epoch)
             for first in range(step % steps_per_epoch, steps_per_epoch, config.log_steps):
@@ -228,13 +228,15 @@ def _train(
                     values["test_loss"], values["test_accuracy"] = functions.evaluate(state)
                 row = {name: value.item() for name, value in jax.device_get(values).items()}
                 wall = round(time.monotonic() - start, 3)
-                metrics.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
+                for log in opened:
+                    log.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
                 bar.update(last - first)
                 bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
                 old = time.monotonic() - last_save >= config.checkpoint_seconds
                 signum, due = devices.largest(signals.signum, old or step == total_steps)
                 if signum or due:
-                    metrics.sync()
+                    for log in opened:
+                        log.sync()
                     checkpoints.save(step, state)
                     last_save = time.monotonic()
                 if signum:
@@ -260,7 +262,7 @@ def finish(
     plots.draw(workdir, plots.FIRST)
     last_row = read_metrics(workdir / "metrics.csv")[-1]
     if optimizers.has_rates(config.optimizer.name):
-        # The rates are whole on every device, whatever else is split.
+        # The rates are replicated, so every shard holds all of them.
         rates = dartax.describe(devices.own_shards(state.opt_state), shapes.params)
         write_whole(workdir / "rates.txt", rates + "\n")
     summary = {
@@ -277,7 +279,7 @@ def finish(
 
 
 def claim_workdir(config: Config, workdir: Path) -> None:
-    """Writes ``config.toml``, or checks that the run folder belongs to the same configuration."""
+    """Writes ``config.toml``, or checks that the existing one is of the same run."""
     path = workdir / "config.toml"
     if not path.exists():
         config_lib.save(config, path)

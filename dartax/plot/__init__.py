@@ -4,7 +4,7 @@ Every function takes recorded ``metrics``, in one of these forms:
 
 - a sequence of dicts, one per logged step, as :func:`dartax.metrics` returns them with ``params``;
 - a mapping of columns: a dict of arrays such as ``lax.scan`` stacks them, or a pandas DataFrame;
-- the path of a run folder of ``dartax train``.
+- the path of a CSV file, or of a folder with a ``metrics.csv``, such as ``dartax train`` leaves.
 
 Names may have the prefix ``dart/`` or lack it; other columns are ignored. Every function returns
 a ``matplotlib.figure.Figure`` that belongs to no window: show it in a notebook, or ``savefig`` it.
