@@ -128,7 +128,7 @@ def make_mesh(shape: Sequence[int], batch_size: int) -> Mesh:
     Raises:
       ConfigError: If ``shape`` does not fit the devices or the batch.
     """
-    available = jax.device_count()
+    available = len(jax.devices())
     if not shape:
         shape = [max(n for n in range(1, available + 1) if batch_size % n == 0)]
     data, model = (*shape, 1)[:2]
