@@ -131,16 +131,6 @@ def test_donation_of_params_and_state(make):
 
 
 @every_optimizer
-def test_whatever_is_donated_is_written_in_place(make):
-    """Else a GPU, which gets a step as a graph with addresses, would be given a new one each time."""
-    optimizer, params = make(), make_params()
-    state = optimizer.init(params)
-    donated = jax.jit(functools.partial(step, optimizer), donate_argnums=(0, 1))
-    header = donated.lower(params, state).compile().as_text().split("\n", 1)[0]
-    assert header.count("-alias)") == len(jax.tree.leaves((params, state)))
-
-
-@every_optimizer
 def test_unknown_extra_arguments_pass(make):
     optimizer, params = make(), make_params()
     update = jax.jit(optimizer.update)
@@ -256,7 +246,7 @@ def test_resume_from_bytes(make):
     expected = jitted(params, state)
     chex.assert_trees_all_equal(jitted(params, restored), expected)
     chex.assert_trees_all_equal(jitted(params, pickled), expected)
-    assert optax.tree.get(state, "version") == 7
+    assert optax.tree.get(state, "version") == 8
 
 
 @every_optimizer
