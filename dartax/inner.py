@@ -226,7 +226,7 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
     @jax.jit
     def average(finite, g, mu, last):
         sign = choose(
-            jnp.broadcast_to(finite, g.shape),
+            jnp.zeros_like(g, dtype=bool) | finite,  # lies where g lies on an explicit mesh
             jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8),
             last,
         )

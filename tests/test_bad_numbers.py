@@ -143,7 +143,13 @@ def test_one_enormous_gradient_does_not_stop_what_follows(name, size):
 
 @pytest.mark.parametrize(
     "inner",
-    [dartax.inner.adam, dartax.inner.lion, optax.identity, optax.scale_by_adam, optax.scale_by_belief],
+    [
+        dartax.inner.adam,
+        dartax.inner.lion,
+        optax.identity,
+        optax.scale_by_adam,
+        optax.scale_by_belief,
+    ],
 )
 def test_a_gradient_whose_squared_norm_overflows_is_a_fault(inner):
     optimizer, params = dartax.dart(inner=inner()), start()

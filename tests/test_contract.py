@@ -284,7 +284,9 @@ def test_multi_steps(make):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_inject_hyperparams(dtype):
     params = make_params(dtype)
-    injected = optax.inject_hyperparams(dartax.dart)(init_rate=0.01, memory_decay=0.5, weight_decay=0.1)
+    injected = optax.inject_hyperparams(dartax.dart)(
+        init_rate=0.01, memory_decay=0.5, weight_decay=0.1
+    )
     after, state = trained(injected, params)
     assert state.hyperparams["init_rate"] == jnp.asarray(0.01, dtype)
     direct, direct_state = trained(

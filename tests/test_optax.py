@@ -310,7 +310,10 @@ def test_vmap_over_models():
             {"init_rate": 1e-3, "memory_decay": 0.5, "learning_rate": 0.5, "weight_decay": 0.1},
         ),
         (dartax.dart, {"min_rate": 1e-6, "rate_budget": 0.5, "concentration": 30.0}),
-        (dartax.paper_dart, {"min_rate": 1e-4, "rate_budget": 0.3, "concentration": 2.0, "eps": 1e-6, "eta": 0.1}),
+        (
+            dartax.paper_dart,
+            {"min_rate": 1e-4, "rate_budget": 0.3, "concentration": 2.0, "eps": 1e-6, "eta": 0.1},
+        ),
     ],
 )
 def test_another_hyperparameter_needs_no_compilation(make, changed):

@@ -50,7 +50,9 @@ def test_a_transform_that_stands_alone_or_is_small_does_not_wait(monkeypatch):
     assert "branches_platforms" not in str(alone) + str(small.jaxpr)
 
 
-@pytest.mark.parametrize("make", [functools.partial(dartax.dart, weight_decay=0.1), dartax.paper_dart])
+@pytest.mark.parametrize(
+    "make", [functools.partial(dartax.dart, weight_decay=0.1), dartax.paper_dart]
+)
 def test_one_program_for_all_platforms(make, monkeypatch):
     monkeypatch.setattr(_order, "GROUP_SIZE", 1)
     optimizer = make()

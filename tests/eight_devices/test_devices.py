@@ -133,7 +133,9 @@ def test_explicit_mesh_with_sharded_parameters(options):
             params = optax.apply_updates(params, updates)
         ends.append(params)
     assert_close(ends[1], ends[0])
-    assert_lie_like(params, jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P("x"))), params))
+    assert_lie_like(
+        params, jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P("x"))), params)
+    )
     rates = jax.tree.leaves(dartax.expected_learning_rates(state, params))
     assert all(bool(jnp.all(rate > 0)) for rate in rates)
 
