@@ -110,7 +110,7 @@ def adam(
     @jax.jit
     def direction(finite, factors, g, mu, nu):
         ahead, of_nu, root_shift, shift = factors
-        wide = jnp.promote_types(mu.dtype, jnp.float32)
+        wide = jnp.float64 if mu.dtype == jnp.float64 else jnp.float32
         numerator = mu.astype(wide)
         if nesterov:
             numerator = ahead * numerator + jnp.where(finite, (1 - b1) * g.astype(wide), 0.0)

@@ -303,7 +303,7 @@ def test_inject_hyperparams(dtype):
         rate_budget=optax.linear_schedule(0.1, 0.01, 5)
     )
     _, state = trained(scheduled, params)
-    np.testing.assert_allclose(optax.tree.get(state, "rate_budget"), 0.028, rtol=0.01)
+    np.testing.assert_allclose(optax.tree.get(state.inner_state, "rate_budget"), 0.028, rtol=0.01)
 
 
 def test_zero_weight_decay_needs_no_params():
@@ -329,6 +329,7 @@ def test_float64_parameters_keep_their_dtype():
 def test_strict_dtype_promotion():
     params = make_params(jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
+        trained(dartax.dart(), params)
         trained(dartax.dart(inner=optax.trace(0.9)), params)
         trained(dartax.paper_dart(), params)
 

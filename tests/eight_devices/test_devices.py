@@ -58,7 +58,7 @@ def test_ends_where_one_device_ends(width, layout):
 
     # State lies where its parameters lie, and every device has the same draw.
     assert state.step_memory[0]["kernel"].shape == (16, width)
-    moments = state.inner_state[0]
+    moments = state.inner_state
     for tree in (after, state.step_memory, moments.mu, moments.nu):
         assert_lie_like(tree, params)
     for vector in (state.concentration, state.last_rates, state.hypergradient):
@@ -83,7 +83,7 @@ def test_state_begins_where_its_parameters_lie(jitted):
     with jax.set_mesh(mesh):
         params = jax.device_put(make_params(*WIDTHS), NamedSharding(mesh, P("x")))
         state = (jax.jit(optimizer.init) if jitted else optimizer.init)(params)
-    moments = state[0].inner_state[0]
+    moments = state[0].inner_state
     for tree in (state[0].step_memory, moments.mu, moments.nu):
         assert_lie_like(tree, params)
 
