@@ -48,8 +48,8 @@ def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, 
     """
     g = [f32(leaf) for leaf in jax.tree.leaves(gradient)]
     z = [f32(leaf) for leaf in jax.tree.leaves(memory)]
-    h = per_block([-jnp.vdot(*pair) for pair in zip(g, z, strict=True)], blocks)
-    squares = per_block([jnp.vdot(leaf, leaf) for leaf in g], blocks)
+    h = per_block([-jnp.sum(x * y) for x, y in zip(g, z, strict=True)], blocks)
+    squares = per_block([jnp.sum(leaf**2) for leaf in g], blocks)
     return h, jnp.isfinite(h) & jnp.isfinite(squares)
 
 
@@ -87,7 +87,7 @@ def move(
 
 def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:
     """``rate * direction`` in the dtype of the direction, multiplied in float32 at least."""
-    dtype = jnp.promote_types(direction.dtype, jnp.float32)
+    dtype = jnp.float64 if direction.dtype == jnp.float64 else jnp.float32
     return (rate.astype(dtype) * direction.astype(dtype)).astype(direction.dtype)
 
 

@@ -110,7 +110,7 @@ def adam(
     @jax.jit
     def direction(finite, factors, g, mu, nu):
         ahead, of_nu, root_shift, shift = factors
-        wide = jnp.promote_types(mu.dtype, jnp.float32)
+        wide = jnp.float64 if mu.dtype == jnp.float64 else jnp.float32
         numerator = mu.astype(wide)
         if nesterov:
             numerator = ahead * numerator + jnp.where(finite, (1 - b1) * g.astype(wide), 0.0)
@@ -226,7 +226,7 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
     @jax.jit
     def average(finite, g, mu, last):
         sign = choose(
-            jnp.broadcast_to(finite, g.shape),
+            jnp.zeros_like(g, dtype=bool) | finite,  # lies where g lies on an explicit mesh
             jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8),
             last,
         )

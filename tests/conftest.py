@@ -5,21 +5,29 @@ import os
 import urllib.request
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests spend their time compiling small programs, not running them; those of
-# test_devices.py need eight devices. Until jaxlib 0.11 XLA could also emit kernels as it did
-# before 2025, in half the time; what it does by default later releases test.
+# The tests spend their time compiling small programs, not running them. Until jaxlib 0.11 XLA could
+# also emit kernels as it did before 2025, in half the time; what it does by default later releases
+# test.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    "--xla_backend_optimization_level=0"
     + (
         " --xla_cpu_use_fusion_emitters=false"
         if importlib.metadata.version("jaxlib").startswith(("0.7.", "0.8.", "0.9.", "0.10."))
         else ""
     ),
 )
+# On one device, as users do, but for the tests that test_eight_devices.py starts.
+if "DARTAX_TEST_DEVICES" in os.environ:
+    os.environ["XLA_FLAGS"] += (
+        f" --xla_force_host_platform_device_count={os.environ['DARTAX_TEST_DEVICES']}"
+    )
 
 import jax
 import pytest
+
+# Not part of a run of all tests. test_eight_devices.py runs the one, .ci/matrix the other.
+collect_ignore = ["eight_devices", "compiler"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not hasattr(jax, "enable_x64"):  # before JAX 0.8

@@ -19,7 +19,7 @@ SCHEDULE = optax.linear_schedule(1.0, 0.0, STEPS)
 OPTIMIZERS = {
     "dart": functools.partial(dartax.dart, SCHEDULE),
     "dart_sgd": functools.partial(dartax.dart, SCHEDULE, inner=optax.identity()),
-    "paper_dart": functools.partial(dartax.paper_dart, learning_rate=SCHEDULE),
+    "paper_dart": functools.partial(dartax.paper_dart, SCHEDULE),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 KEYS = jax.random.split(jax.random.key(0), 16)
@@ -141,16 +141,30 @@ def test_one_enormous_gradient_does_not_stop_what_follows(name, size):
             assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("inner", [optax.scale_by_adam, optax.scale_by_belief])
-def test_other_inner_transforms_keep_no_infinite_square(inner):
+@pytest.mark.parametrize(
+    "inner",
+    [
+        dartax.inner.adam,
+        dartax.inner.lion,
+        optax.identity,
+        optax.scale_by_adam,
+        optax.scale_by_belief,
+    ],
+)
+def test_a_gradient_whose_squared_norm_overflows_is_a_fault(inner):
     optimizer, params = dartax.dart(inner=inner()), start()
-    state = optimizer.init(params)
+    fresh = optimizer.init(params)
     update = jax.jit(optimizer.update)
-    params["one"] = jnp.asarray(1e20)
-    for skipped in (1, 2):
-        _, state = update(params, state, params)
-        chex.assert_tree_all_finite(state)
-        assert dartax.metrics(state)["dart/skipped"] == skipped
+    for sizes in ({"one": 1e20}, {"flat": 1e19, "steep": 1e19}, {"steep": 3e38}):
+        # Of "flat" and "steep" no element has a square that overflows, but each sum does.
+        grads = {name: sizes.get(name, 1.0) * leaf for name, leaf in params.items()}
+        state = fresh
+        for skipped in (1, 2):
+            updates, state = update(grads, state, params)
+            chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+            chex.assert_tree_all_finite(state)
+            chex.assert_trees_all_equal(state[0].inner_state, fresh[0].inner_state)
+            assert dartax.metrics(state)["dart/skipped"] == skipped
 
 
 @pytest.mark.parametrize("name", ["dart", "paper_dart"])
@@ -159,15 +173,11 @@ def test_a_fault_needs_no_branch(name):
     state = optimizer.init(params)
     traced = jax.jit(optimizer.update).trace(params, state, params)
     # What differs by platform is decided when the program is lowered: the lowered one holds a case
-    # of one branch for it. On several devices nothing does.
+    # of one branch for it.
     text = str(traced.jaxpr)
     assert text.count("cond[") == text.count("branches_platforms=")
-    text = traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "stablehlo.case" not in text or jax.device_count() == 1
-    assert "stablehlo.if" not in text
-    compiled = traced.lower().compile().as_text()
-    assert "fusion" in compiled or "ENTRY" in compiled
-    assert " conditional(" not in compiled
+    assert "stablehlo.if" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert " conditional(" not in traced.lower().compile().as_text()
 
 
 @pytest.mark.parametrize("name", ["dart", "paper_dart"])

@@ -3,30 +3,46 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dartax
-from dartax import _blocks
+
+PARAMS = [jnp.ones(2), jnp.ones((3, 2)), jnp.ones(()), jnp.ones((3, 2))]
+LABELS = {
+    None: [0, 1, 2, 3],
+    "tensor": [0, 1, 2, 3],
+    ("a", "b", "a", "b"): [0, 1, 0, 1],
+    ("b", "a", "a", "a"): [0, 1, 1, 1],
+    (3, 3, 3, 3): [0, 0, 0, 0],
+}
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 5, 9, 10, 17, 100])
-def test_digits_tell_every_block(num_blocks):
-    rng = np.random.default_rng(num_blocks)
-    numbers = [*range(num_blocks), *(int(n) for n in rng.integers(num_blocks, size=7))]
-    index = _blocks.block_index(numbers, num_blocks)
-    values = jnp.asarray(rng.normal(size=num_blocks), jnp.float32)
-    leaves = [jnp.zeros(3) if i % 2 else jnp.zeros((300, 300)) for i in range(len(numbers))]
-    ones, twos = jax.jit(
-        lambda index: _blocks.spread(numbers, index, (values, leaves), (2 * values, leaves))
-    )(index)
-    np.testing.assert_array_equal(jnp.stack(ones), values[np.array(numbers)])
-    np.testing.assert_array_equal(jnp.stack(twos), 2 * values[np.array(numbers)])
-    np.testing.assert_array_equal(index.of_leaf, numbers)
-    assert len(index.digits) ** 2 >= num_blocks > (len(index.digits) - 1) ** 2
+@pytest.mark.parametrize(("labels", "numbers"), LABELS.items(), ids=str)
+def test_the_state_holds_a_number_for_every_leaf(labels, numbers):
+    blocks = list(labels) if isinstance(labels, tuple) else labels
+    state = optax.tree.get(dartax.dart(blocks=blocks).init(PARAMS), "block_index")
+    assert [int(number) for number in state] == numbers
+    assert all(number.dtype == jnp.uint32 and number.shape == () for number in state)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+def test_a_leaf_moves_with_the_rate_of_its_block(implementation):
+    numbers = np.random.default_rng(0).integers(9, size=40)
+    params = [jnp.ones((3, 2)) if i % 2 else jnp.ones(()) for i in range(40)]
+    optimizer = dartax.scale_by_dart(
+        optax.identity(), blocks=numbers.tolist(), implementation=implementation
+    )
+    updates, state = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+    assert len(set(np.asarray(state.last_rates))) == len(set(numbers)) == 9
+    _, first = np.unique(numbers, return_index=True)
+    of_leaf = {numbers[i]: rank for rank, i in enumerate(sorted(first))}
+    for update, number in zip(updates, numbers, strict=True):
+        np.testing.assert_allclose(update, np.full(update.shape, state.last_rates[of_leaf[number]]))
 
 
 def test_few_arrays_beside_those_of_the_leaves():
     # An array takes the host microseconds to hand over, in every step.
     params = {str(i): jnp.ones(2) for i in range(100)}
     state = dartax.dart().init(params)
-    assert len(jax.tree.leaves(state)) <= 3 * 100 + 30
+    assert len(jax.tree.leaves(state)) <= 4 * 100 + 20

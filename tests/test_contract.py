@@ -131,16 +131,6 @@ def test_donation_of_params_and_state(make):
 
 
 @every_optimizer
-def test_whatever_is_donated_is_written_in_place(make):
-    """Else a GPU, which gets a step as a graph with addresses, would be given a new one each time."""
-    optimizer, params = make(), make_params()
-    state = optimizer.init(params)
-    donated = jax.jit(functools.partial(step, optimizer), donate_argnums=(0, 1))
-    header = donated.lower(params, state).compile().as_text().split("\n", 1)[0]
-    assert header.count("-alias)") == len(jax.tree.leaves((params, state)))
-
-
-@every_optimizer
 def test_unknown_extra_arguments_pass(make):
     optimizer, params = make(), make_params()
     update = jax.jit(optimizer.update)
@@ -256,7 +246,7 @@ def test_resume_from_bytes(make):
     expected = jitted(params, state)
     chex.assert_trees_all_equal(jitted(params, restored), expected)
     chex.assert_trees_all_equal(jitted(params, pickled), expected)
-    assert optax.tree.get(state, "version") == 7
+    assert optax.tree.get(state, "version") == 8
 
 
 @every_optimizer
@@ -294,7 +284,9 @@ def test_multi_steps(make):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_inject_hyperparams(dtype):
     params = make_params(dtype)
-    injected = optax.inject_hyperparams(dartax.dart)(init_rate=0.01, memory_decay=0.5, weight_decay=0.1)
+    injected = optax.inject_hyperparams(dartax.dart)(
+        init_rate=0.01, memory_decay=0.5, weight_decay=0.1
+    )
     after, state = trained(injected, params)
     assert state.hyperparams["init_rate"] == jnp.asarray(0.01, dtype)
     direct, direct_state = trained(
@@ -311,7 +303,7 @@ def test_inject_hyperparams(dtype):
         rate_budget=optax.linear_schedule(0.1, 0.01, 5)
     )
     _, state = trained(scheduled, params)
-    np.testing.assert_allclose(optax.tree.get(state, "rate_budget"), 0.028, rtol=0.01)
+    np.testing.assert_allclose(optax.tree.get(state.inner_state, "rate_budget"), 0.028, rtol=0.01)
 
 
 def test_zero_weight_decay_needs_no_params():
@@ -337,6 +329,7 @@ def test_float64_parameters_keep_their_dtype():
 def test_strict_dtype_promotion():
     params = make_params(jnp.bfloat16)
     with jax.numpy_dtype_promotion("strict"):
+        trained(dartax.dart(), params)
         trained(dartax.dart(inner=optax.trace(0.9)), params)
         trained(dartax.paper_dart(), params)
 

@@ -1,5 +1,6 @@
 """The moments of a leaf wait for those of the leaves before it, and are the same as without."""
 
+import functools
 import re
 
 import chex
@@ -11,7 +12,7 @@ import optax
 import pytest
 
 import dartax
-from dartax import _order
+from dartax._fused import _order
 
 INNERS = {
     "adam": dartax.inner.adam(),
@@ -21,86 +22,49 @@ INNERS = {
 PARAMS = [jnp.ones((5, 4)), jnp.ones(3), jnp.zeros(0), jnp.ones((5, 4)), jnp.ones((2, 3, 4))]
 
 
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of those that the tests have
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
-
-
-def averages(inner, gradient, state):
-    """The first field of the new state that is like the parameters."""
-    state = inner.update(gradient, state)[1]
-    return state.trace if isinstance(state, optax.TraceState) else state.mu
-
-
-def traced_averages(name, turn, monkeypatch):
-    """The program that computes the averages, with turns of so many elements."""
-    monkeypatch.setattr(_order, "TURN", turn)
+def traced_averages(name, group_size, monkeypatch):
+    """The program that computes the averages, a group of so many elements after the other."""
+    monkeypatch.setattr(_order, "GROUP_SIZE", group_size)
     inner = INNERS[name]
-    jitted = jax.jit(lambda gradient, state: averages(inner, gradient, state))
-    return jitted.trace(PARAMS, inner.init(PARAMS))
 
+    def averages(finite, gradient, state):
+        state = inner.update(gradient, state, finite=finite)[1]
+        return state.trace if isinstance(state, optax.TraceState) else state.mu
 
-def waits(text):
-    """For every output of a compiled program, after which of the others it is computed."""
-    entry = text[text.index("\nENTRY") :]
-    reads = {
-        name: re.findall(r"%([\w.-]+)", operands)
-        for name, operands in re.findall(r"%([\w.-]+) = [^(]*?\w\((.*?)\)", entry)
-    }
-    root = re.search(r"ROOT %[\w.-]+ = .*? tuple\((.*?)\)", entry)
-    outputs = re.findall(r"%([\w.-]+)", root[1])
-
-    def before(name):
-        return set().union(*({read} | before(read) for read in reads.get(name, ())))
-
-    return [{i for i, other in enumerate(outputs) if other in before(name)} for name in outputs]
-
-
-ALONE = [set()] * len(PARAMS)
-
-
-@pytest.mark.parametrize("name", INNERS)
-@pytest.mark.parametrize(
-    ("turn", "expected"),
-    [
-        (1, [set(), {0}, set(), {0, 1}, {0, 1, 3}]),  # an array without elements waits for nobody
-        (21, [set(), set(), set(), {1}, {1}]),  # a matrix and a vector go together
-        (1000, ALONE),
-    ],
-)
-def test_large_leaves_wait_for_those_before_them(name, turn, expected, monkeypatch):
-    text = traced_averages(name, turn, monkeypatch).lower().compile().as_text()
-    assert waits(text) == expected
-
-
-def test_nothing_waits_on_several_devices(monkeypatch):
-    monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert jax.device_count() > 1
-    text = traced_averages("adam", 1, monkeypatch).lower().compile().as_text()
-    assert waits(text) == ALONE
+    return jax.jit(averages).trace(jnp.bool_(True), PARAMS, inner.init(PARAMS))
 
 
 @pytest.mark.parametrize(("platform", "asks"), [("cpu", True), ("cuda", False), ("tpu", False)])
 def test_nothing_waits_on_other_platforms(platform, asks, monkeypatch):
-    lowered = traced_averages("adam", 1, monkeypatch).lower(lowering_platforms=(platform,))
+    traced = traced_averages("adam", 1, monkeypatch)
+    assert "branches_platforms" in str(traced.jaxpr)
+    lowered = traced.lower(lowering_platforms=(platform,))
     isnan = re.search(r"compare +NE", lowered.as_text())  # of what came before
     assert bool(isnan) == asks
 
 
-def test_one_program_for_all_platforms(monkeypatch):
-    monkeypatch.setattr(_order, "TURN", 1)
-    optimizer = dartax.dart(weight_decay=1e-2)
+def test_a_transform_that_stands_alone_or_is_small_does_not_wait(monkeypatch):
+    inner, small = INNERS["adam"], traced_averages("adam", 1000, monkeypatch)
+    monkeypatch.setattr(_order, "GROUP_SIZE", 1)
+    alone = jax.make_jaxpr(inner.update)(PARAMS, inner.init(PARAMS))
+    assert "branches_platforms" not in str(alone) + str(small.jaxpr)
+
+
+@pytest.mark.parametrize(
+    "make", [functools.partial(dartax.dart, weight_decay=0.1), dartax.paper_dart]
+)
+def test_one_program_for_all_platforms(make, monkeypatch):
+    monkeypatch.setattr(_order, "GROUP_SIZE", 1)
+    optimizer = make()
     state = optimizer.init(PARAMS)
-    exported = jax.export.export(
-        jax.jit(optimizer.update), platforms=("cpu", "cuda", "rocm", "tpu")
-    )(PARAMS, state, PARAMS)
-    got = jax.tree.leaves(exported.call(PARAMS, state, PARAMS))
-    for leaf, expected in zip(
-        got, jax.tree.leaves(optimizer.update(PARAMS, state, PARAMS)), strict=True
-    ):
-        np.testing.assert_allclose(leaf, expected, rtol=1e-5)
+    update = jax.jit(optimizer.update)
+    exported = jax.export.export(update, platforms=("cpu", "cuda", "rocm", "tpu"))(
+        PARAMS, state, PARAMS
+    )
+    assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+    chex.assert_trees_all_close(
+        exported.call(PARAMS, state, PARAMS), update(PARAMS, state, PARAMS), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", INNERS)
@@ -119,8 +83,8 @@ def test_waiting_changes_no_number(name, over_models, monkeypatch):
         faults = jnp.asarray([0.0, 0.0, np.nan, 0.0, np.inf, 0.0])
         return jax.lax.scan(step, (params, optimizer.init(params)), faults)[0]
 
-    def run(turn):
-        monkeypatch.setattr(_order, "TURN", turn)
+    def run(group_size):
+        monkeypatch.setattr(_order, "GROUP_SIZE", group_size)
         return jax.jit(lambda p: jax.vmap(train)(p) if over_models else train(p))(params)
 
     waited, plain = run(1), run(1000)

@@ -69,11 +69,11 @@ def dart_options(draw):
 
 @st.composite
 def paper_options(draw):
-    lr_max = draw(log_range(1e-6, 1.0))
+    rate_budget = draw(log_range(1e-6, 1.0))
     return {
-        "lr_max": lr_max,
-        "lr_min": lr_max * draw(log_range(1e-6, 0.9)),
-        "alpha": draw(st.floats(0.1, 10.0)),
+        "rate_budget": rate_budget,
+        "min_rate": rate_budget * draw(log_range(1e-6, 0.9)),
+        "concentration": draw(st.floats(0.1, 10.0)),
         "eps": draw(log_range(1e-12, 1.0)),
         "eta": draw(st.sampled_from([0.0, 0.01, 10.0])),
         "learning_rate": draw(st.sampled_from([0.0, 1e-3, 1.0])),
@@ -127,11 +127,7 @@ def floats(tree):
 def check(name, options, gradients):
     arrays = {key: np.float32(value) for key, value in options.items()}
     updates, states, after, fits, first = jax.device_get(run(name, arrays, gradients))
-    low, high = (
-        (options["lr_min"], options["lr_max"])
-        if name == "paper_dart"
-        else (options["min_rate"], options["rate_budget"])
-    )
+    low, high = options["min_rate"], options["rate_budget"]
     factor, spread = options["learning_rate"], high - low
     above, below = 1 + 1e-4, 1 - 1e-4
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dartax._siblings import siblings
+from dartax._fused._siblings import siblings
 
 VALUES = [0.0, -0.0, 1.5, -3e-3, 1e4, np.inf, -np.inf, np.nan]
 

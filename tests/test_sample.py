@@ -1,4 +1,4 @@
-"""What a thin memory holds of large tensors, and what it still sees of the rest."""
+"""What the memory holds of large tensors, and what a step still sees of the rest."""
 
 import math
 
@@ -9,8 +9,17 @@ import optax
 import pytest
 
 import dartax
-from dartax import _dart, _thinning
-from dartax._thinning import DEVICES, LEAST, MOST, SMALL, Sample, Thinning
+from dartax._fused import _sample
+from dartax._fused._sample import (
+    DEVICES,
+    MIN_SAMPLE,
+    SPARSEST,
+    WHOLE_UP_TO,
+    Sample,
+    part_like,
+    sample_of,
+    sample_shape,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,46 +40,49 @@ from dartax._thinning import DEVICES, LEAST, MOST, SMALL, Sample, Thinning
         ((1, 1_000_000), (1, 1_000_000)),  # no rows to choose among
     ],
 )
-def test_kept_shape(shape, kept):
-    assert Thinning().shape(shape) == kept
-    assert Thinning(math.inf).shape(shape) == shape
+def test_kept_shape(shape, kept, monkeypatch):
+    assert sample_shape(shape) == kept
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", math.inf)
+    assert sample_shape(shape) == shape
 
 
 def test_enough_is_kept_and_split_as_the_tensor_is():
     rng = np.random.default_rng(0)
-    thinned = 0
+    sampled = 0
     for _ in range(3000):
         shape = tuple(int(n) for n in rng.choice([1, 3, 8, 48, 368, 777, 1024, 5000], 3))
         shape = shape[: rng.integers(1, 4)]
-        kept, sample = Thinning().shape(shape), Thinning().sample(shape)
-        assert math.prod(kept) >= min(math.prod(shape), LEAST)
-        assert math.prod(kept) >= math.prod(shape) / MOST
-        assert sample is None or math.prod(shape) > SMALL * LEAST
+        kept, sample = sample_shape(shape), sample_of(shape)
+        assert math.prod(kept) >= min(math.prod(shape), MIN_SAMPLE)
+        assert math.prod(kept) >= math.prod(shape) / SPARSEST
+        assert sample is None or math.prod(shape) > WHOLE_UP_TO * MIN_SAMPLE
         if sample:
-            thinned += 1
-            axis, number, step, turns = sample
-            assert 1 <= turns <= step
+            sampled += 1
+            axis, number, step, sources = sample
+            assert 1 <= sources <= step
             assert step > 1
             assert shape[axis] - 2 * step * DEVICES < number * step <= shape[axis]
             for devices in range(2, DEVICES + 1):
                 assert shape[axis] % devices or DEVICES % devices or number % devices == 0
-    assert thinned > 500
+    assert sampled > 500
 
 
-def test_the_part_of_a_tree():
-    thinning = Thinning(8)
+def test_the_part_of_a_tree(monkeypatch):
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
     tree = {"large": jnp.arange(96.0).reshape(48, 2), "small": jnp.arange(3.0)}
-    part = thinning.part(tree)
-    assert thinning.sample((48, 2)) == Sample(axis=0, number=16, step=3, turns=1)
+    memory = {"large": jnp.zeros((16, 2)), "small": jnp.zeros(3)}
+    part = part_like(memory, tree)
+    assert sample_of((48, 2)) == Sample(axis=0, number=16, step=3, sources=1)
     np.testing.assert_array_equal(part["large"], np.arange(96.0).reshape(48, 2)[::3])
     assert part["small"] is tree["small"]
-    assert thinning.part({"small": tree["small"]})["small"] is tree["small"]
+    whole = part_like({**memory, "large": jnp.zeros((48, 2))}, tree)
+    assert whole["large"] is tree["large"]
 
 
 def test_groups_of_columns_take_turns(monkeypatch):
-    monkeypatch.setattr(_thinning, "WIDTH", 2)
+    monkeypatch.setattr(_sample, "WIDTH", 2)
     tensor = np.arange(3 * 24 * 7).reshape(3, 24, 7)
-    sample = Sample(axis=1, number=4, step=6, turns=3)
+    sample = Sample(axis=1, number=4, step=6, sources=3)
     expected = np.zeros((3, 4, 7), int)
     for lead, row, column in np.ndindex(expected.shape):
         expected[lead, row, column] = tensor[lead, 6 * row + 2 * (column // 2 % 3), column]
@@ -83,10 +95,10 @@ def test_groups_of_columns_take_turns(monkeypatch):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_gpu_takes_the_same_sample(shape, dtype):
-    sample = Thinning().sample(shape)
+    sample = sample_of(shape)
     tensor = jnp.arange(math.prod(shape)).reshape(shape).astype(dtype)
     taken, gathered = sample.take(tensor), sample.gather(tensor)
-    assert gathered.shape == Thinning().shape(shape)
+    assert gathered.shape == sample_shape(shape)
     assert gathered.dtype == dtype
     np.testing.assert_array_equal(gathered, taken)
 
@@ -94,18 +106,18 @@ def test_a_gpu_takes_the_same_sample(shape, dtype):
 def test_a_sample_tells_more_than_whole_rows():
     # Outer products of a few inputs and errors, such as the gradients of a layer are.
     rng = np.random.default_rng(0)
-    sample = Thinning().sample((1024, 1024))
-    assert sample.turns > 1
+    sample = sample_of((1024, 1024))
+    assert sample.sources > 1
     errors = []
     for _ in range(100):
         inputs = rng.normal(size=(1024, 8)) * rng.exponential(size=(1024, 1)) ** 2
         products = np.asarray(inputs @ rng.normal(size=(8, 1024)), np.float32) ** 2
         estimates = [
-            np.mean(one.take(jnp.asarray(products))) for one in (sample._replace(turns=1), sample)
+            np.mean(one.take(jnp.asarray(products))) for one in (sample._replace(sources=1), sample)
         ]
         errors.append(np.log(estimates / np.mean(products)) ** 2)
-    rows, turns = np.mean(errors, axis=0) ** 0.5
-    assert turns < 0.7 * rows
+    rows, interleaved = np.mean(errors, axis=0) ** 0.5
+    assert interleaved < 0.7 * rows
 
 
 PARAMS = {"large": jnp.ones((48, 2)), "small": jnp.ones(3)}
@@ -118,22 +130,23 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("memory_decay", [0.0, 0.999])
 @pytest.mark.parametrize("inner", INNERS)
-def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, memory_decay, value, monkeypatch):
-    monkeypatch.setattr(_dart, "LEAST", 8)
-    optimizer = dartax.dart(inner=INNERS[inner], memory_decay=memory_decay)
+def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, monkeypatch):
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
+    optimizer = dartax.dart(inner=INNERS[inner])
     state, update = optimizer.init(PARAMS), jax.jit(optimizer.update)
     _, state = update(PARAMS, state, PARAMS)
-    poisoned = {**PARAMS, "large": PARAMS["large"].at[1, 1].set(value)}
-    assert np.all(np.isfinite(Thinning(8).part(poisoned)["large"]))
-    updates, after = update(poisoned, state, PARAMS)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
-    assert dartax.metrics(after)["dart/skipped"] == 1
-    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
-        assert np.all(np.isfinite(np.asarray(new, np.float32)))
-        assert np.array_equal(new, old) or np.ndim(new) <= 1  # counters and the rates of 0
+    for value in (np.nan, np.inf, -np.inf):
+        poisoned = {**PARAMS, "large": PARAMS["large"].at[1, 1].set(value)}
+        part = part_like(optax.tree.get(state, "step_memory"), poisoned)
+        assert part["large"].shape == (16, 2)
+        assert np.all(np.isfinite(part["large"]))
+        updates, after = update(poisoned, state, PARAMS)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+        assert dartax.metrics(after)["dart/skipped"] == 1
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            assert np.all(np.isfinite(np.asarray(new, np.float32)))
+            assert np.array_equal(new, old) or np.ndim(new) <= 1  # counters and the rates of 0
     # The gradient that judges the rates counts as well as the one that moves the parameters.
     _, after = update(PARAMS, state, PARAMS, grad=poisoned)
     assert dartax.metrics(after)["dart/skipped"] == 1
@@ -144,19 +157,19 @@ def test_state_is_little_more_than_that_of_adam(monkeypatch):
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     state = dartax.dart().init(params)
     assert size(state) < 1.02 * size(optax.adam(1e-3).init(params))
-    monkeypatch.setattr(_dart, "LEAST", math.inf)
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", math.inf)
     assert size(dartax.dart().init(params)) > 1.22 * size(state)
 
 
 @pytest.mark.parametrize("blocks", ["channel", "element"])
 def test_rates_within_tensors_see_all_rows(blocks, monkeypatch):
-    monkeypatch.setattr(_dart, "LEAST", 8)
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
     state = dartax.dart(blocks=blocks).init(PARAMS)
     assert optax.tree.get(state, "step_memory")["large"].shape == PARAMS["large"].shape
 
 
 def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
-    monkeypatch.setattr(_dart, "LEAST", 8)
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
 
     def mask(params):
         return jax.tree.map(lambda p: p.shape == (48, 2), params)
@@ -174,7 +187,7 @@ def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
 def test_another_shape_is_refused():
     optimizer = dartax.dart()
     state = optimizer.init({"w": jnp.zeros((1000, 1000))})
-    with pytest.raises(ValueError, match="of which the state would keep .* instead of .* at 'w'"):
+    with pytest.raises(ValueError, match=r"its sample has .*\) instead of .* at 'w'"):
         optimizer.update({"w": jnp.zeros((2000, 1000))}, state)
     grads, params = {"w": jnp.zeros((1000, 1000))}, {"w": jnp.zeros((999, 1000))}
     with pytest.raises(ValueError, match="params must have the shapes"):

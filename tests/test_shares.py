@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 import dartax
-from dartax import _allocation
+from dartax.contrib import _shares
 
 PARAMS = {"kernel": jnp.full((6, 4), 0.5), "bias": jnp.zeros(4), "scale": jnp.ones(())}
 SHAPES = {
@@ -64,14 +64,14 @@ def test_the_first_draws_have_the_law_of_the_dirichlet():
     optimizer = dartax.dart(blocks="element", concentration=3.0)
     _, state, _ = run(optimizer, 2, params)
     (factor,) = jax.tree.leaves(shares(state).within_factor)
-    part = _allocation.Slice.of((200, 300))
+    part = _shares.Slice.of((200, 300))
     drawn = np.sort(np.asarray(factor.T[: part.length].ravel()) / part.size)
     assert part.axis == 1
     # Of a slice the shares sum to its mean; one of them has a beta law.
     share = drawn / (part.num_values / part.size)
     law = stats.beta(3.0, 3.0 * (part.num_values - 1))
     assert stats.kstest(share, law.cdf).pvalue > 1e-3
-    variance = dartax._allocation.factor_variances(state[0].inner_state)[0]
+    variance = _shares.factor_variances(state[0].inner_state)[0]
     np.testing.assert_allclose(np.var(factor[:, : part.length]), variance[0, 0], rtol=0.2)
 
 
@@ -79,7 +79,7 @@ def test_the_first_draws_have_the_law_of_the_dirichlet():
     "shape", [(), (1,), (5,), (3000,), (70, 900), (900, 70), (3, 3, 40, 30), (0,), (4, 0)]
 )
 def test_slices_cover_every_value_once_a_round(shape):
-    part = _allocation.Slice.of(shape)
+    part = _shares.Slice.of(shape)
     values = jnp.zeros(shape)
     for count in range(part.turns):
         before = int(jnp.sum(values))
@@ -92,8 +92,8 @@ def test_slices_cover_every_value_once_a_round(shape):
 
 
 def test_a_turn_renews_one_slice_and_leaves_the_rest(monkeypatch):
-    monkeypatch.setattr(_allocation, "LEAST", 4)
-    monkeypatch.setattr(_allocation, "SLICES", 3)
+    monkeypatch.setattr(_shares, "MIN_SLICE", 4)
+    monkeypatch.setattr(_shares, "SLICES", 3)
     optimizer = dartax.dart(blocks="element")
     params = {"kernel": jnp.full((6, 4), 0.5)}
     state, update = optimizer.init(params), jax.jit(optimizer.update)
@@ -112,8 +112,8 @@ def test_learning_follows_the_formula():
     alpha, nu = rng.uniform(1, 20, n), rng.uniform(0.1, 1, n)
     mu, derivative, h = rng.normal(size=n), rng.uniform(0.1, 1, n), rng.normal(size=n)
     nu[2] = h[2] = mu[2] = 0.0  # no gradient yet: it does not move
-    old = _allocation.Shares(*map(jnp.float32, (alpha, mu, nu, np.ones(n), derivative)))
-    new = _allocation.learn_and_draw(jax.random.key(0), old, jnp.float32(h), 1.5, 0.01, 1.1)
+    old = _shares.Shares(*map(jnp.float32, (alpha, mu, nu, np.ones(n), derivative)))
+    new = _shares.learn_and_draw(jax.random.key(0), old, jnp.float32(h), 1.5, 0.01, 1.1)
     G = derivative * h
     m, v = 0.9 * mu + 0.1 * G, 0.99 * nu + 0.01 * G**2
     s = np.divide(1.5 * m, np.sqrt(v), out=np.zeros(n), where=v > 0)
