@@ -13,7 +13,7 @@ PyTree = Any
 Labels = PyTree | Callable[[str], Hashable] | None
 Shapes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
-# The squares of numbers from here on leave float32.
+# Squares from here on overflow float32.
 LARGEST_ROOT = 2.0**64
 
 
@@ -188,7 +188,7 @@ def blocks_of(params: PyTree, labels: Labels, index: Any, per_block: jax.Array) 
 def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax.Array:
     """Root mean square of the elements of every block's matrices, at most 2**64, ``[K]``.
 
-    It is 0 without any, and for elements whose squares vanish in float32.
+    It is 0 for a block without matrices, and where the squares underflow float32.
 
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
     normalization at 1, whatever the size of the weights that they belong to.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-# Of float32, in which all hyperparameters are used; NaN compares as outside.
+# The largest value accepted, just below float32's largest. NaN fails every check.
 LARGEST = 3.4e38
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,13 +108,14 @@ def schedule(name: str, value: Any) -> None:
         )
 
 
-def scalar(name: str, value: Any, fix: str) -> None:
-    """Checks a real scalar, traced or not, of any value."""
+def scalar(name: str, value: Any, fix: str) -> Any:
+    """Checks a real scalar, traced or not, of any value, and returns it."""
     if value is None or not (hasattr(value, "dtype") or isinstance(value, int | float)):
         raise TypeError(f"{name} must be a real scalar, got {value!r}; {fix}.")
     if jnp.shape(value) != () or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
         kind = f"{jnp.result_type(value)} of shape {list(jnp.shape(value))}"
         raise TypeError(f"{name} must be a real scalar, got {kind}; {fix}.")
+    return value
 
 
 def mask(value: Any) -> None:

@@ -19,9 +19,9 @@ where a step is tiny beside the weights that it changes, or where the user's sch
 few hundred updates. Then all concentrations, the slack's too, are multiplied by one number. That
 leaves the mean rates alone, and makes the smallest one of a block equal ``concentration``.
 
-The first term grows the rates, even where s is a little below 0: there the steep directions already
-ask for less while the flat ones still ask for more, and the decay of the schedule serves the steep
-ones later. For the same reason a rate does not shrink because s is a little below 0. On a noisy
+The first term grows the rates, even where s is a little below 0. At that point the steep directions
+want shorter steps and the flat ones still longer steps, and the decay of the schedule shortens the
+former later. For the same reason a rate does not shrink because s is a little below 0. On a noisy
 objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2018,
 `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), less so with a longer memory. The second
 term takes back rates that are clearly too high. Where G_i is more than 10 times its root mean
@@ -57,22 +57,22 @@ from dartax.inner import adam
 
 # Decays of the gradient's averages: the first moment, the long average that has to agree with it,
 # and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of
-# magnitude as the loss falls, and would stall under their own past.
+# magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
 # The ramp, which is also the warm-up: at most GROWTH per update in log space, and at most RAMP / t
-# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is SPRINT
-# times the fall of the schedule over the next 32: the run would end on the ramp otherwise.
+# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is steeper:
+# SPRINT times the fall of the schedule over the next 32. The run would end on the ramp otherwise.
 GROWTH, RAMP, SPRINT = 0.05, 20.0, 0.6
 # Where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of the
-# weights, the ramp is steeper in proportion, up to FAST_GROWTH. From any tiny initial rate it
-# begins in earnest after about 20 updates.
+# weights, the ramp is steeper in proportion, up to FAST_GROWTH. From a rate of 1e-8 it begins in
+# earnest after about 20 updates.
 SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 # Weight of the mean gradient beside the block's own.
 POOL = 0.3
 # Rates grow while s is above the first and shrink where it is below the second.
 GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
 # Where a gradient opposes the past steps by this many times its root mean square, the rate is
-# divided by as much.
+# divided by SURPRISE.
 SURPRISE = 10.0
 # The greatest concentration of a block is at most this many times the level of the draws.
 MAX_RATIO = 1e6
@@ -83,7 +83,7 @@ MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
 def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
     """G: the gradient through the draw, dL/dlog concentration of every block, ``[K]``.
 
-    The slack, whose own h is 0, takes part in the sum over the components of the simplex.
+    The slack's own h is 0, so the sum needs only the blocks.
     """
     share, derivative = draw.share[:-1], draw.log_derivative[:-1]
     return derivative * (h - share * jnp.sum(h))
@@ -192,12 +192,13 @@ def scale_by_dart(
         those of optax; with Adam, less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K blocks.
-        It hardly matters from 1e-8 to 1e-4: the rates grow tenfold in 5 updates while the steps are
+        It matters little from 1e-8 to 1e-4: the rates grow tenfold in 5 updates while the steps are
         tiny beside the weights, and tenfold in 50 later on.
       min_rate: Lower end of the rates, non-negative.
-      rate_budget: What the rates of all blocks sum to at most (above ``min_rate``), positive.
-      concentration: First concentration of every block, positive. The relative standard deviation
-        of a drawn rate is about ``concentration ** -0.5``.
+      rate_budget: Upper end of the rates, and what they sum to at most where ``min_rate`` is 0,
+        positive. The blocks share ``rate_budget - min_rate``.
+      concentration: Smallest concentration of a block, restored at every update, in [1e-4, 1e4].
+        The relative standard deviation of a drawn rate is about ``concentration ** -0.5``.
       memory_decay: Decay of the memory of past steps that the next gradient is compared with, in
         [0, 1). 0 is the one-step hypergradient.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
@@ -207,8 +208,8 @@ def scale_by_dart(
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal need
         equal keys.
       memory_dtype: Dtype of the memory of past steps, 2 bytes per element in ``bfloat16``. Of a
-        tensor of more than 131,072 elements it holds a sample: 1 in 48, but at least 16,384. With
-        rates for channels or elements it holds all.
+        tensor of more than 131,072 elements it holds a sample, always the same: at least 1 in 48,
+        and at least 16,384. With rates for channels or elements it holds all.
       implementation: ``"fused"``, or ``"plain"``: the same step in the readable tree maps of
         ``dartax/_plain.py``, with a memory that is always whole. It is several times slower.
 
@@ -232,8 +233,8 @@ def scale_by_dart(
 
     A step is skipped if its gradient is not finite, if the squared norm of the gradient of a block
     or the square of a hypergradient overflows float32, or if the loss is not finite, where it is
-    passed as ``update(..., value=loss)``. Then the updates are zero, and the state keeps all but
-    its counters ``count`` and ``skipped``.
+    passed as ``update(..., value=loss)``. Then the updates and ``last_rates`` are zero, and what is
+    learned stays as it was; ``skipped`` counts it.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)

@@ -103,9 +103,7 @@ def paper_dart(
       weight_decay: L2 coefficient; ``weight_decay * params`` is added to the gradient.
       mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Pytree of labels or function from a path such as ``"Dense_0/kernel"`` to a
-        label. Leaves with equal labels share a rate. One block per leaf by default. (With one
-        per element, the published budget leaves ``rate_budget / K`` to each: see
-        :func:`dartax.dart`.)
+        label. Leaves with equal labels share a rate. One block per leaf by default.
       key: Seed of the draws, an int or a JAX key of any kind.
       implementation: ``"fused"``, or ``"plain"``, the readable form; see
         :func:`dartax.scale_by_dart`.
@@ -134,14 +132,14 @@ def paper_dart(
       True
 
     Departures from the published DART:
-      1. The concentrations descend the loss; the README's update ascends it.
-      2. The gradient passes through the draw by implicit reparameterization; the README's
+      1. The concentrations descend the loss; the update in its README ascends it.
+      2. The gradient passes through the draw by implicit reparameterization; its README's
          ``Gamma(a, 1) = a * Gamma(1, 1)`` holds only for a = 1.
-      3. ``h`` is the hypergradient, known one step later; the code averages the parameters'
-         gradient instead, and crashes where it does.
+      3. ``h`` is the hypergradient, known one step later; the published code averages the
+         parameters' gradient instead, and crashes there.
       4. A step is skipped if its gradient is not finite, its squared norm overflows float32, or the
-         square of its inner product with the last gradient does. The updates are zero, and the
-         state keeps all but its counters ``count`` and ``skipped``.
+         square of its inner product with the last gradient does. Then the updates are zero, and
+         what is learned stays as it was.
     """
     positive = lambda v: v > 0  # noqa: E731
     _check.schedule("learning_rate", learning_rate)

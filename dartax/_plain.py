@@ -1,7 +1,8 @@
 """The arithmetic of a step, as tree maps: read this to see what a step computes.
 
 ``implementation="plain"`` runs it. ``dartax/_fused`` computes the same in less time and memory,
-and the tests hold the two together. For every block i, with gradient g, direction u of the inner
+and the tests hold the two together. (``memory_shape`` and ``whole`` are there for its samples.) For
+every block i, with gradient g, direction u of the inner
 transform and memory z of the past steps:
 
     judge        h_i    = -< g_i, z_i >                      float32, over all leaves of the block
@@ -44,7 +45,7 @@ def random_words(
 def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     """The hypergradient h of every block, and whether its gradient is usable; ``[K]`` each.
 
-    Usable is a gradient without NaN or infinity whose squared norm is finite in float32.
+    A gradient is usable if it is finite, and its squared norm and h fit into float32.
     """
     g = [f32(leaf) for leaf in jax.tree.leaves(gradient)]
     z = [f32(leaf) for leaf in jax.tree.leaves(memory)]
@@ -61,7 +62,7 @@ def directions(
     finite: jax.Array,
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree, PyTree]:
-    """The direction, what of it goes into the memory (all of it), and the new inner state."""
+    """The direction, the part of it that enters the memory (here all), and the new inner state."""
     direction, new_state = inner.update(updates, inner_state, params, **extra_args)
     direction = select(finite, direction, jax.tree.map(jnp.zeros_like, direction))
     return direction, direction, select(finite, new_state, inner_state)
@@ -95,7 +96,7 @@ def accumulate(
     memory: jax.Array, direction: jax.Array, weight: jax.Array, keep: jax.Array
 ) -> jax.Array:
     """``keep * memory + weight * direction`` in float32, in the dtype of the memory."""
-    # A larger element would make every later inner product infinite.
+    # A larger element could make later inner products infinite.
     most = np.float32(min(LARGEST_ROOT, float(jnp.finfo(memory.dtype).max)))
     return jnp.clip(keep * f32(memory) + weight * f32(direction), -most, most).astype(memory.dtype)
 

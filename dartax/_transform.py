@@ -13,11 +13,11 @@ and the gradient of the next loss with respect to the rates of the steps so far 
 
     h_i = dL_{t+1}/drate_i = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * u_t.
 
-With f_t * (rate_i - min_rate) * u_t in place of f_t * u_t it is dL_{t+1}/dlog pi_i. Both take the
-rates of the steps in the memory to move together. memory_decay = 0 is the hypergradient of Baydin
-et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form sums what the
-Dirichlet moved the parameters by: while the rates grow over decades, the tiny steps of the
-beginning do not outweigh the later ones.
+With f_t * (rate_i - min_rate) * u_t in place of f_t * u_t it is dL_{t+1}/dlog pi_i. Both
+differentiate with respect to one common change of all remembered rates. memory_decay = 0 is the
+hypergradient of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The
+second form sums what the Dirichlet moved the parameters by, so the tiny first steps do not outweigh
+the later ones while the rates grow by orders of magnitude.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class Context(NamedTuple):
     """What a rule may know beside the gradient.
 
     Attributes:
-      num: Hypergradients seen so far, with this one, int32 scalar.
+      num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
       fall: How far the user's schedule falls over the next ``LOOK_AHEAD`` updates, non-negative
         float32 scalar; 0 where it rises or is a number.
@@ -75,7 +75,7 @@ class Rule(NamedTuple):
 
 
 def f32(value: Any) -> Any:
-    """``value`` in strongly typed float32; a Python number stays one that needs no program."""
+    """``value`` in strongly typed float32; a Python number as a NumPy scalar."""
     return np.float32(value) if _check.is_number(value) else jnp.asarray(value, jnp.float32)
 
 
@@ -105,7 +105,7 @@ def draw_shares(words: jax.Array, concentration: jax.Array) -> Draw:
 
 
 def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
-    """The gradient through the draw: dL/dconcentration from h = dL/dpi, ``[C]`` each.
+    """dL/dconcentration through the draw, over the budget, from h = dL/drate; ``[C]`` each.
 
     dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
     """
@@ -142,7 +142,7 @@ def scale_by_dirichlet(
       inner: Gives the directions; does not flip the sign of the gradient.
       learning_rate: Float or optax schedule that multiplies the rates.
       min_rate: Lower end of the rates.
-      rate_budget: What the blocks share out; the shares of a rate above ``min_rate``.
+      rate_budget: Upper end of the rates; the blocks share ``rate_budget - min_rate``.
       memory_decay: Decay of the memory of past steps, in [0, 1).
       memory_dtype: Its dtype.
       whole_memory: Whether it holds all of a large tensor, not a sample; an ``inner`` whose update
@@ -153,7 +153,7 @@ def scale_by_dirichlet(
     """
     random.check_key(key)
     _check.one_of("implementation", implementation, ("fused", "plain"))
-    step: Any = {"fused": _fused, "plain": _plain}[implementation]
+    arithmetic: Any = {"fused": _fused, "plain": _plain}[implementation]
     inner = optax.with_extra_args_support(inner)
     whole_memory |= getattr(inner.update, "whole_memory", False)
     low, high = f32(min_rate), f32(rate_budget)
@@ -183,29 +183,27 @@ def scale_by_dirichlet(
             last_multiplier=jnp.array(multiplier, jnp.float32),
             min_rate=jnp.array(min_rate, jnp.float32),
             rate_budget=jnp.array(rate_budget, jnp.float32),
-            step_memory=step.empty_memory(params, memory_dtype, whole_memory),
+            step_memory=arithmetic.empty_memory(params, memory_dtype, whole_memory),
             inner_state=inner.init(params),
         )
 
-    def update_fn(updates, state, params=None, *, grad=None, value=None, **extra_args):
+    def update_fn(updates, state, params=None, **extra_args):
+        grad, value = extra_args.get("grad"), extra_args.get("value")
         check_state(state)
         blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.last_rates)
         given = {"updates": updates, "params": params, "grad": grad}
-        _blocks.check_trees(given, state.step_memory, step.memory_shape)
+        _blocks.check_trees(given, state.step_memory, arithmetic.memory_shape)
         updates = jax.tree.map(jnp.asarray, updates)
 
-        # 1. Finish the last gradient: how good were the rates so far?
-        h, sound = step.judge(updates, state.step_memory, blocks)
+        # 1. Score the past rates: the new gradient times the memory of the steps that they made.
+        h, sound = arithmetic.judge(updates, state.step_memory, blocks)
         if grad is not None:
-            h, grad_sound = step.judge(grad, state.step_memory, blocks)
+            h, grad_sound = arithmetic.judge(grad, state.step_memory, blocks)
             sound &= grad_sound
-            extra_args["grad"] = grad
         if value is not None:
-            _check.scalar("value", value, "pass the loss")
-            sound &= jnp.isfinite(value)
-            extra_args["value"] = value
+            sound &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
 
-        # 2. Move the concentrations. The first update has no step behind it.
+        # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
         num, fall = state.count - state.skipped, schedule_fall(learning_rate, state.count)
         concentration, moments, keep = rule.learn(
             state.concentration, state.last_draw, h, state.moments,
@@ -213,38 +211,39 @@ def scale_by_dirichlet(
         )  # fmt: skip
 
         # 3. Draw the rates.
-        step_key, words = step.random_words(state.key, state.count, (2, *concentration.shape))
+        step_key, words = arithmetic.random_words(state.key, state.count, (2, *concentration.shape))
         draw = draw_shares(words, concentration)
-        rates = low + (high - low) * draw.share[: blocks.num_blocks]
+        spent = (high - low) * draw.share[: blocks.num_blocks]
+        rates = low + spent
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions. A skipped step has rates of 0 and leaves the memory alone, but
-        # empties it where only h overflowed, for that would happen again at every step.
+        # 4. Scale the directions. A skipped step has rates of 0 and keeps the memory, or empties it if
+        # only the square of a hypergradient overflowed: that would happen again at every step.
         usable = jnp.all(sound & jnp.isfinite(multiplier * rates))
         finite = usable & jnp.all(jnp.isfinite(moments.hyper_nu))
-        moved = multiplier * (rates - low if rule.of_log else jnp.ones_like(rates))
-        # (The old rates times 0, for a donated array that no step reads moves at every step.)
+        weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
+        # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
         last_rates = jnp.where(finite, multiplier * rates, 0.0 * state.last_rates)
-        direction, remembered, inner_state = step.directions(
+        direction, remembered, inner_state = arithmetic.directions(
             inner, updates, state.inner_state, params, finite,
             step_memory=state.step_memory, **extra_args,
         )  # fmt: skip
-        updates, step_memory = step.move(
+        updates, step_memory = arithmetic.move(
             direction, remembered, state.step_memory, blocks=blocks, rates=last_rates,
-            weights=jnp.where(finite, moved, 0.0),
+            weights=jnp.where(finite, weights, 0.0),
             keep=jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0)),
         )  # fmt: skip
 
-        # 5. Keep what the next gradient is compared with. A skipped step changes only its counters.
-        skipped = state._replace(
+        # 5. Keep what the next gradient needs. A skipped step changes nothing else but the counters.
+        if_skipped = state._replace(
             last_rates=last_rates, step_memory=step_memory, inner_state=inner_state
         )
-        learned = skipped._replace(
+        if_taken = if_skipped._replace(
             key=next_key(state, step_key), concentration=concentration, moments=moments,
             hypergradient=h, last_draw=draw, last_multiplier=multiplier,
             min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
         )  # fmt: skip
-        return updates, step.select(finite, learned, skipped)._replace(
+        return updates, arithmetic.select(finite, if_taken, if_skipped)._replace(
             count=optax.safe_increment(state.count),
             skipped=jnp.where(finite, state.skipped, optax.safe_increment(state.skipped)),
         )

@@ -92,7 +92,7 @@ def adam(
         return optax.scale_by_adam(mu_dtype=mu_dtype).init(_widened(params))
 
     def corrections(count: jax.Array) -> tuple[jax.Array, ...]:
-        """The factors of mu and g, and those of nu and of 1 under the root, and beside it."""
+        """The factor of mu for nesterov, that of nu, and what is added under and to the root."""
         t = jnp.maximum(count, 1).astype(jnp.float32)
         c1, c2 = 1 - b1**t, 1 - b2**t
         ahead = b1 * c1 / (1 - b1 ** (t + 1))
@@ -230,8 +230,8 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
             jnp.sign((1 - b1) * g + b1 * mu).astype(jnp.int8),
             last,
         )
-        # All signs are at most 1. Reading them here puts them before the average is overwritten;
-        # else XLA would keep a copy of it for them.
+        # sign <= 1 is always true. It forces the signs to be computed before the average is
+        # overwritten; else XLA would keep a copy of it for them.
         return _decayed_sum(finite & (sign <= 1), b2, mu, (1 - b2) * g), sign
 
     def update_fn(updates, state, params=None, *, finite=True, **_):

@@ -81,7 +81,7 @@ def paper_dart(
                 grad = (rate_budget - min_rate) * l[j] / a[j] * pi[j] * (h[j] - mean_h)
                 m[j] = b1 * m[j] + (1 - b1) * grad
                 v[j] = b2 * v[j] + (1 - b2) * grad**2
-            m_hat, v_hat = m / (1 - b1 ** t), v / (1 - b2 ** t)
+            m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
             a = np.clip(a - eta * m_hat / (np.sqrt(v_hat) + eps), 0.1, 10.0)
         log_gamma = draw(t, a)
         pi = softmax(log_gamma)

@@ -1,5 +1,7 @@
 """Every bad argument gets one sentence: the argument, the constraint, the value, the fix."""
 
+import functools
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -155,7 +157,11 @@ DIRECTIONS = {
 
 
 @pytest.mark.parametrize("inner", WHOLE_OPTIMIZERS.values(), ids=WHOLE_OPTIMIZERS)
-@pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart])
+@pytest.mark.parametrize(
+    "make",
+    [dartax.dart, dartax.scale_by_dart, functools.partial(dartax.dart, blocks="channel")],
+    ids=["dart", "scale_by_dart", "channel"],
+)
 def test_a_whole_optimizer_as_inner(make, inner):
     match = "inner must keep the sign .* optax.adam.1e-3. does; pass .* optax.scale_by_adam"
     for init in (make(inner=inner).init, jax.jit(make(inner=inner).init)):

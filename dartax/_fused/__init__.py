@@ -1,8 +1,8 @@
 """The step of ``dartax/_plain.py`` in less time and memory: the only place that knows of XLA.
 
-It has the same functions, with the same results to rounding, but that the memory holds a sample of
-each large tensor (``_sample.py``). What it does beyond the formulas stands in a file for each idea,
-with the figure that it gains and the command that shows it:
+It has the same functions, with the same results to rounding, except that the memory holds a sample
+of each large tensor (``_sample.py``). Each idea beyond the formulas has a file of its own, with the
+figure that it gains and the command that shows it:
 
     _fusable.py   inner transforms that skip a step by themselves, and give a part of their
                   direction again

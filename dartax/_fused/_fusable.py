@@ -1,6 +1,6 @@
 """Inner transforms that fuse with the step around them.
 
-Any optax transform can give the directions. With one that is not known better, a step that may be
+Any optax transform can give the directions. With one that is not fusable, a step that may be
 skipped has to hold the old inner state beside the new one, and the direction, which both the
 updates and the memory read, is written out and read twice. A *fusable* transform skips a step by
 itself, and can compute a part of its direction again from its new state.

@@ -102,7 +102,7 @@ def sample_of(shape: Shape) -> Sample | None:
     size = math.prod(shape)
     if size <= WHOLE_UP_TO * MIN_SAMPLE:
         return None
-    # Along the last axis a row would be a single number of every line of the memory.
+    # Slices along the last axis would touch one element per cache line.
     axis = int(np.argmax(shape[:-1] or shape))
     parts = math.gcd(shape[axis], DEVICES)
     length = shape[axis] // parts

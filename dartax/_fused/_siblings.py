@@ -4,7 +4,7 @@ Starting a kernel takes a GPU as long as computing ten thousand elements or more
 small kernels waits for their starts. XLA fuses kernels that compute arrays of one shape, up to its
 limit for arguments, but only siblings: those that read a common array.
 
-Gain: see ``_sums.py``, which shares its figure with these.
+Gain: see ``_sums.py``; the two are measured together.
 """
 
 from collections.abc import Sequence

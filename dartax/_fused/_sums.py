@@ -25,7 +25,7 @@ Term = Callable[..., jax.Array]
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sum(term: Term, axes: tuple[int, ...], *arrays: jax.Array) -> jax.Array:
-    # Nothing but the term: of a product XLA makes a dot, which a loop over two operands is not.
+    # Only the term is summed: XLA turns sum(x * y) into a dot, which is not one fused loop.
     return jnp.sum(term(*(array.astype(jnp.float32) for array in arrays)), axes)
 
 

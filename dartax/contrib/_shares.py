@@ -12,10 +12,10 @@ l'_i = d log gamma_i / d log concentration_i, the gradient through the draw is
     G_i = l'_i * h_i,    log concentration_i <- log concentration_i - STEP * m_i / sqrt(v_i)
 
 with its moments m and v. The step is near STEP where every step so far should have been longer, or
-shorter, and near 0 where they disagree. Then all concentrations of the tensor are multiplied by one
-number that restores their mean. The exact gradient has one more term, a sum over all elements: what
-one element gains, the others lose. Here the normalization does that. With the sum, the elements
-with the steepest gradients would take everything.
+shorter, and near 0 where they disagree. Then the new concentrations are multiplied by one number
+that restores the mean of the tensor's. The exact gradient has one more term, a sum over all
+elements: what one element gains, the others lose. Here the normalization does that. With the sum,
+the elements with the steepest gradients would take everything.
 
 A draw with its derivative costs as much as Adam's step of 40 elements. So a step renews only one
 slice of a large tensor, and each slice in turn: its concentrations learn, with steps that are
@@ -157,7 +157,7 @@ class Turn:
 
     def gather(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """The values of the leaves."""
-        # Written part by part: XLA's concatenation asks for every value which part it is of.
+        # Written part by part: XLA's concatenation tests, for every value, which part it came from.
         vector = jnp.zeros(self.length, jnp.float32)
         for part, leaf, end in zip(self.slices, leaves, np.cumsum(self._lengths), strict=True):
             vector = jax.lax.dynamic_update_slice_in_dim(
@@ -346,10 +346,13 @@ def scale_by_shares(
     positive = lambda v: v > 0  # noqa: E731
     _check.number("concentration", concentration, "a positive number", positive, "10.0 is usual")
     random.check_key(key)
+    given = inner
     inner = inner if fusable(inner) else guard(inner)
     inner_update: Any = fusable(inner)
 
     def init_fn(params):
+        _check.keeps_sign("inner", given, params)
+
         def full(value):
             def leaf(p):
                 if granularity == "element":  # lies where the parameters lie
