@@ -217,8 +217,8 @@ def scale_by_dirichlet(
         rates = low + spent
         multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions. A skipped step has rates of 0 and keeps the memory, or empties it if
-        # only the square of a hypergradient overflowed: that would happen again at every step.
+        # 4. Scale the directions. A skipped step has rates of 0 and keeps the memory, or empties it
+        # if only the square of a hypergradient overflowed, as it would again at every step.
         usable = jnp.all(sound & jnp.isfinite(multiplier * rates))
         finite = usable & jnp.all(jnp.isfinite(moments.hyper_nu))
         weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
@@ -234,7 +234,7 @@ def scale_by_dirichlet(
             keep=jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0)),
         )  # fmt: skip
 
-        # 5. Keep what the next gradient needs. A skipped step changes nothing else but the counters.
+        # 5. Keep what the next gradient needs. A skipped step else changes only its counters.
         if_skipped = state._replace(
             last_rates=last_rates, step_memory=step_memory, inner_state=inner_state
         )
