@@ -281,7 +281,9 @@ def test_downloads_are_kept_and_checked(monkeypatch, tmp_path, serve):
     assert {path.name: path.read_bytes() for path in (tmp_path / "mnist").iterdir()} == dict.fromkeys(data.MNIST_SHA256, raw)  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(bytes(1000))[:-10]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(bytes(1000))[:-10]], ids=["not gzip", "cut short"]
+)
 def test_downloads_that_cannot_be_read(content, monkeypatch, tmp_path, serve, capsys):
     serve(content)
     monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))

@@ -110,27 +110,24 @@ def with_decayed_weights(
     """
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return inner
-    decay = optax.add_decayed_weights(weight_decay, mask)  # has no state of its own
-    inner_update = fusable(inner)
-    if inner_update is None:
-        return optax.chain(inner, decay)
+    inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params):
-        return inner.init(params), decay.init(params)
+    def add(direction, params, mask=mask):
+        decay = optax.add_decayed_weights(weight_decay, mask)
+        return decay.update(direction, decay.init(params), params)[0]  # has no state of its own
 
-    def update_fn(updates, state, params=None, *, finite=True, **extra_args):
-        updates, inner_state = inner_update(updates, state[0], params, finite=finite, **extra_args)
-        updates, decay_state = decay.update(updates, state[1], params)
-        return updates, (inner_state, decay_state)
+    def update_fn(updates, state, params=None, **extra_args):
+        direction, state = inner.update(updates, state, params, **extra_args)
+        return add(direction, params), state
+
+    known = fusable(inner)
+    if known is None:
+        return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
     def again(updates, state, params, finite, part):
         # A mask that is a function is asked about the whole parameters, not about a part of them.
         chosen = mask(params) if callable(mask) else mask
-        decay = optax.add_decayed_weights(weight_decay, chosen)
-        direction = inner_update.again(updates, state[0], params, finite, part)
-        return decay.update(direction, state[1], part(params))[0]
+        return add(known.again(updates, state, params, finite, part), part(params), chosen)
 
-    update = FusableUpdate(
-        update_fn, again, reads_params=True, whole_memory=inner_update.whole_memory
-    )
-    return optax.GradientTransformationExtraArgs(init_fn, update)
+    update = FusableUpdate(update_fn, again, reads_params=True, whole_memory=known.whole_memory)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -57,17 +57,6 @@ def test_a_step_copies_nothing_as_large_as_the_parameters(inner, weight_decay):
     assert not re.findall(r"\S+\[300,200\]\S* copy\(", text)
 
 
-@every_inner
-def test_what_stays_out_is_no_choice_of_what_is_stored(inner):
-    """That would be a masked store, which takes twice as long on processors of AMD."""
-    state = inner.init(PARAMS)
-    update = jax.jit(lambda g, s, f: inner.update(g, s, finite=f)[1], donate_argnums=1)
-    text = update.lower(PARAMS, state, jnp.bool_(True)).compile().as_text()
-    roots = re.findall(r"ROOT \S+ = f32\[300,200\]\S* ([a-z]+)\(", text)
-    assert "add" in roots
-    assert "select" not in roots
-
-
 def lowered(optimizer, leaf, num_leaves):
     params = [leaf] * num_leaves
     state = optimizer.init(params)

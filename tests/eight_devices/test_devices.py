@@ -77,6 +77,22 @@ def test_plain_ends_where_one_device_ends():
     assert_lie_like(after, params)
 
 
+@functools.cache
+def fifty_plain_steps():
+    make = functools.partial(dartax.dart, init_rate=1e-3, memory_dtype="float32")
+    batches = jnp.tile(make_batches(), (9, 1, 1))[:50]
+    return make, batches, train(make(implementation="plain"), make_params(), batches)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fifty_fused_steps_end_where_plain_ones_on_one_device_end(layout, monkeypatch):
+    monkeypatch.setattr(_sample, "MIN_SAMPLE", 1 << 14)  # all of the memory, as the plain one
+    make, batches, expected = fifty_plain_steps()
+    params, batch_sharding = placed(layout, make_params())
+    after, _, _ = train(make(), params, [jax.device_put(x, batch_sharding) for x in batches])
+    assert_close(after, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("jitted", [False, True])
 def test_state_begins_where_its_parameters_lie(jitted):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
