@@ -166,15 +166,17 @@ def keeps_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
     """Checks that ``inner`` gives directions along the gradient, not against it.
 
     A whole optimizer such as ``optax.adam(1e-3)`` flips the sign, for its updates are to be added.
-    The two gradients of opposite sign cancel whatever does not depend on the gradient, such as
-    noise or decayed weights.
+    Two gradients of opposite sign cancel whatever does not depend on the gradient, such as noise or
+    decayed weights. A second update shows the sign of a warm-up that starts at a rate of 0.
     """
     leaves = jax.tree.leaves(params)
     if not leaves or hasattr(inner.update, "again"):  # those of dartax.inner are known
         return
 
-    def response(gradient: Any) -> Any:
-        return inner.update(gradient, inner.init(small), small)[0]
+    def response(gradient: Any) -> list[Any]:
+        first, state = inner.update(gradient, inner.init(small), small)
+        second, _ = inner.update(gradient, state, small)
+        return jax.tree.leaves([first, second])
 
     try:
         with jax.ensure_compile_time_eval():
@@ -184,7 +186,7 @@ def keeps_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
             up, down = (response(jax.tree.map(lambda p, c=c: 0 * p + c, small)) for c in (1, -1))
             along = sum(
                 float(jnp.sum(u.astype(jnp.float32) - d.astype(jnp.float32)))
-                for u, d in zip(jax.tree.leaves(up), jax.tree.leaves(down), strict=True)
+                for u, d in zip(up, down, strict=True)
             )
     except Exception:
         # It cannot be asked about so small a tree, or depends on traced values. Where something is

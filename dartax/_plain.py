@@ -103,7 +103,8 @@ def accumulate(
 
 def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """``new`` where the step counts, ``old`` where it is skipped, in the dtypes of ``old``."""
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o).astype(jnp.result_type(o)), new, old)
+    like = lambda n, o: jnp.asarray(n, jnp.result_type(o))  # noqa: E731
+    return jax.tree.map(lambda n, o: jnp.where(finite, like(n, o), o), new, old)
 
 
 def per_block(of_leaves: Sequence[jax.Array] | jax.Array, blocks: Blocks) -> jax.Array:

@@ -226,7 +226,7 @@ def scale_by_dirichlet(
         last_rates = jnp.where(finite, multiplier * rates, 0.0 * state.last_rates)
         direction, remembered, inner_state = arithmetic.directions(
             inner, updates, state.inner_state, params, finite,
-            step_memory=state.step_memory, **extra_args,
+            **{**extra_args, "step_memory": state.step_memory},
         )  # fmt: skip
         updates, step_memory = arithmetic.move(
             direction, remembered, state.step_memory, blocks=blocks, rates=last_rates,

@@ -139,6 +139,8 @@ WHOLE_OPTIMIZERS = {
     "adamw": optax.adamw(1e-3, weight_decay=10.0),
     "schedule": optax.adam(optax.linear_schedule(1.0, 0.0, 10)),
     "lion": optax.lion(1e-3),
+    "warm-up": optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1.0, 5, 100)),
+    "rprop": optax.rprop(1e-3),
     "noisy": optax.noisy_sgd(0.1, eta=100.0, key=0),
     "dart": dartax.dart(),
 }
@@ -152,7 +154,9 @@ DIRECTIONS = {
     "partition": optax.partition(
         {"x": optax.scale_by_adam(), "y": optax.identity()}, {"w": "x", "b": "y"}
     ),
-    "one that counts elements": optax.stateless(lambda u, p: jnp.reshape(u["w"], (2, 3)) and u),
+    "one that counts elements": optax.stateless(
+        lambda u, p: {**u, "w": jnp.reshape(u["w"], (2, 3))}
+    ),
 }
 
 
@@ -175,6 +179,8 @@ def test_directions_as_inner(inner):
     optimizer = dartax.dart(inner=inner)
     state = optimizer.init(PARAMS)
     assert jax.tree.structure(jax.jit(optimizer.init)(PARAMS)) == jax.tree.structure(state)
+    optimizer.update(PARAMS, state, PARAMS)
+    dartax.dart(inner=inner, implementation="plain").update(PARAMS, optimizer.init(PARAMS), PARAMS)
 
 
 def test_an_inner_transform_that_depends_on_a_traced_value():

@@ -61,7 +61,8 @@ def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     if new is old:
         return old
     new, old = jnp.asarray(new), jnp.asarray(old)
-    return jax.lax.select(finite, new.astype(old.dtype), old)
+    new = new if new.dtype == old.dtype else new.astype(old.dtype)  # a typed key has no astype
+    return jax.lax.select(finite, new, old)
 
 
 def zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
