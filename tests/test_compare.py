@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import dartax
-from dartax import _dart
+from dartax._fused import _sample
 from dartax.experiments import ablations, cli, compare, compare_plots, optimizers, scores
 from dartax.experiments.compare import CompareConfig, EntrantConfig
 from dartax.experiments.config import ConfigError, OptimizerConfig
@@ -323,7 +323,7 @@ def test_ablations_change_what_they_say(name, monkeypatch):
     found, dart = concentrations(ablations.FACTORY[name]), concentrations(dartax.dart)
     if name == "dart_whole_memory":
         np.testing.assert_array_equal(found, dart)  # these tensors are small
-        monkeypatch.setattr(_dart, "LEAST", 0.25)
+        monkeypatch.setattr(_sample, "MIN_SAMPLE", 0.25)
         dart = concentrations(dartax.dart)
     assert np.all(np.isfinite(found))
     if name == "dart_frozen":

@@ -173,6 +173,7 @@ def test_a_run_killed_at_random_ends_where_an_unbroken_one_ends(dartax, capsys):
     assert_same_run("killed", "whole")
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_of_writing_leaves_a_run_that_ends_the_same(monkeypatch, tmp_path):
     """What is on the disk before every change of it is what a kill at that moment leaves."""
     config = dataclasses.replace(

@@ -104,6 +104,7 @@ def wait_for_a_checkpoint(workdir, process, after=()):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_processes_survive_the_loss_of_one_and_stop_together(whole):
     with two_processes("runs/killed", EPOCHS) as (survivor, victim):
         wait_for_a_checkpoint("runs/killed", survivor)

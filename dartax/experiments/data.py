@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 
 
 class DataError(RuntimeError):
@@ -70,7 +69,11 @@ CIFAR_ARRAYS = (
 
 def data_dir() -> Path:
     """Returns ``$DARTAX_DATA_DIR``, by default a cache folder."""
-    return Path(os.environ.get("DARTAX_DATA_DIR") or pooch.os_cache("dartax"))
+    if folder := os.environ.get("DARTAX_DATA_DIR"):
+        return Path(folder)
+    import pooch  # here, because it warns in notebooks without ipywidgets
+
+    return Path(pooch.os_cache("dartax"))
 
 
 def load(name: str) -> Dataset:
@@ -206,6 +209,8 @@ def _published_file(title: str, name: str, url: str, sha256: str, needed: str) -
         path = path.with_name(f"{path.name}.gz")
     try:
         if not path.exists():
+            import pooch
+
             pooch.get_logger().setLevel("WARNING")
             pooch.retrieve(url, sha256, path.name, path.parent, downloader=_download)
     except (OSError, HTTPException) as error:
