@@ -13,8 +13,10 @@ would repeat whatever repeats in them, such as the lines of an image. So the row
 each bunch of rows gives one element of every column, and groups of columns take it from different
 rows.
 
-Gain: 0.05 to 0.3 bytes of state per parameter in place of 2, and a fifth of a step of 10 M
-parameters (``dartax compare configs/compare/thinning.toml`` shows what it costs: nothing).
+Gain: 0.05 to 0.3 bytes of state per parameter in place of 2, and on a CPU a step of 10 M parameters
+in 24 tensors takes 1.2 times as long as AdamW's in place of 1.7 (``dartax bench --sizes 1e7x24
+--optimizers dart dart_whole_memory``). ``dartax compare configs/compare/thinning.toml`` shows what
+it costs: nothing beyond noise on two tasks of three, 0.5 % on the other.
 """
 
 import functools
