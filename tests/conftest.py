@@ -22,6 +22,10 @@ if "DARTAX_TEST_DEVICES" in os.environ:
     os.environ["XLA_FLAGS"] += (
         f" --xla_force_host_platform_device_count={os.environ['DARTAX_TEST_DEVICES']}"
     )
+    # Where cores are few and busy, the devices wait for one another for longer than XLA's 40 seconds,
+    # and it ends the process. Earlier releases refuse the flag.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 import jax
 import pytest

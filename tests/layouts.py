@@ -49,7 +49,8 @@ def train(optimizer, params, batches):
     state = optimizer.init(params)
     jitted = jax.jit(functools.partial(step, optimizer))
     for x in batches:
-        params, state = jitted(params, state, x)
+        # Steps that wait for one another's devices, on fewer cores, can run into a time limit of XLA.
+        params, state = jax.block_until_ready(jitted(params, state, x))
     return params, state, jitted
 
 
