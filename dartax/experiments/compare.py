@@ -75,6 +75,8 @@ class CompareConfig:
     """Number of runs that are vmapped together."""
     target: str = "adamw"
     """Tuned optimizer to compare the others with."""
+    schedules: tuple[str, ...] = ()
+    """If given, each task is run under each of these schedules, and named after both."""
     tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
     """Tasks by name."""
     optimizers: dict[str, EntrantConfig] = dataclasses.field(default_factory=dict)
@@ -130,7 +132,7 @@ def load(
     Raises:
       ConfigError: If the file is missing or wrong, or a name is unknown.
     """
-    config = config_lib.load(path, CompareConfig)
+    config = under_each_schedule(config_lib.load(path, CompareConfig))
     changes: dict[str, Any] = {}
     if workdir is not None:
         changes["workdir"] = workdir
@@ -160,6 +162,30 @@ def load(
     return dataclasses.replace(config, **changes)
 
 
+def under_each_schedule(config: CompareConfig) -> CompareConfig:
+    """Writes ``schedules`` out: a task for each, such as ``vae_linear``."""
+    if not config.schedules:
+        return config
+    expanded = {
+        name: [f"{name}_{schedule}" for schedule in config.schedules] for name in config.tasks
+    }
+    return dataclasses.replace(
+        config,
+        schedules=(),
+        tasks={
+            f"{name}_{schedule}": dataclasses.replace(task, schedule=schedule)
+            for name, task in config.tasks.items()
+            for schedule in config.schedules
+        },
+        optimizers={
+            name: dataclasses.replace(
+                entrant, tasks=tuple(long for short in entrant.tasks for long in expanded[short])
+            )
+            for name, entrant in config.optimizers.items()
+        },
+    )
+
+
 def cells(config: CompareConfig) -> Iterator[tuple[str, str]]:
     """Yields the (task, optimizer) pairs of a comparison, for each task the target first."""
     names = sorted(config.optimizers, key=lambda name: name != config.target)
@@ -174,10 +200,15 @@ def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]
     entrant = dataclasses.asdict(config.optimizers[name])
     for key in ("tasks", "role"):
         del entrant[key]
-    if entrant["blocks"] == EntrantConfig.blocks:  # older results do not have it
+    if entrant["blocks"] == EntrantConfig.blocks:
         del entrant["blocks"]
+    # Keys that were added later count only where they are set, so that older results stay valid.
     spec = {
-        "task": dataclasses.asdict(config.tasks[task]),
+        "task": {
+            key: value
+            for key, value in dataclasses.asdict(config.tasks[task]).items()
+            if key not in LATER_TASK_KEYS or value != getattr(TaskConfig, key)
+        },
         "optimizer": entrant,
         "seeds": config.seeds,
         "evaluations": config.evaluations,
@@ -200,6 +231,18 @@ def read_cells(workdir: Path, task: str) -> dict[str, Any]:
     return content
 
 
+LATER_TASK_KEYS = (
+    "examples",
+    "label_noise",
+    "privacy_noise",
+    "rank",
+    "drift",
+    "accumulate",
+    "schedule",
+    "judge",
+)
+
+
 class Carry(NamedTuple):
     """The state of training."""
 
@@ -215,19 +258,24 @@ class Program(NamedTuple):
     evaluate: jax.stages.Wrapped
 
 
-def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
+def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Program:
     """Makes the functions of a cell.
 
     A run is given by its seed and its value of the swept option, which are traced.
     """
+    if config.schedule and entrant.name not in optimizers.SCHEDULE_FREE:
+        entrant = dataclasses.replace(entrant, schedule=config.schedule)
 
     def optimizer(seed, value):
-        return optimizers.build(
+        built = optimizers.build(
             entrant,
-            steps,
+            config.steps // config.accumulate,
             key=jax.random.fold_in(jax.random.key(seed), 2),
             overrides={entrant.sweep: value} if entrant.sweep else {},
         )
+        if config.accumulate == 1:
+            return built
+        return optax.MultiSteps(built, config.accumulate).gradient_transformation()
 
     def init(seed, value):
         key = jax.random.key(seed)
@@ -237,7 +285,7 @@ def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
 
     def interval(carry, batches, seed, value, data):
         def step(carry, batch):
-            loss, grads = jax.value_and_grad(task.train_loss)(carry.params, data, batch)
+            loss, grads = task.value_and_grad(carry.params, data, batch)
             updates, opt_state = optimizer(seed, value).update(
                 grads, carry.opt_state, carry.params, value=loss
             )
@@ -247,13 +295,16 @@ def program(task: tasks.Task, entrant: EntrantConfig, steps: int) -> Program:
         return carry, jnp.mean(losses)
 
     def evaluate(carry, data):
-        params = optimizers.eval_params(entrant, carry.opt_state, carry.params)
+        opt_state = carry.opt_state if config.accumulate == 1 else carry.opt_state.inner_opt_state
+        params = optimizers.eval_params(entrant, opt_state, carry.params)
         rates = {}
         if optimizers.has_rates(entrant.name):
             tree = dartax.expected_learning_rates(carry.opt_state, carry.params)
             for path, rate in jax.tree_util.tree_leaves_with_path(tree):
                 rates[jax.tree_util.keystr(path, simple=True, separator="/")] = jnp.mean(rate)
-        return task.test_loss(params, data), rates
+        test_loss = task.test_loss(params, data) if task.test_loss else jnp.nan
+        test_error = task.test_error(params, data) if task.test_error else jnp.nan
+        return test_loss, test_error, rates
 
     return Program(
         init=jax.jit(jax.vmap(init)),
@@ -274,8 +325,9 @@ def run_cell(
       progress: Called with the number of training steps taken since the last call.
 
     Returns:
-      The cell, as in the JSON file. ``test_loss`` and ``train_loss`` are lists
-      ``[values][seeds][evaluations]``, with ``None`` for a loss that is not finite.
+      The cell, as in the JSON file. ``test_loss``, ``train_loss`` and, of a classification,
+      ``test_error`` are lists ``[values][seeds][evaluations]``, with ``None`` for a number that is
+      not finite.
     """
     entrant, task_config = config.optimizers[name], config.tasks[task_name]
     task = tasks.build(task_config)
@@ -286,7 +338,7 @@ def run_cell(
         [runs[min(first + i, len(runs) - 1)] for i in range(group)]
         for first in range(0, len(runs), group)
     ]
-    functions = program(task, entrant, task_config.steps)
+    functions = program(task, task_config, entrant)
 
     losses, rates, compile_s = [], [], 0.0
     start = time.monotonic()
@@ -306,15 +358,25 @@ def run_cell(
             progress(steps * len(set(chosen)))
         points = jax.device_get(points)
         for i in range(len(set(chosen))):
-            losses.append([(float(test[i]), float(train[i])) for test, _, train in points])
-            rates.append([{block: float(rate[i]) for block, rate in p[1].items()} for p in points])
+            losses.append(
+                [
+                    (
+                        float((test if task.test_loss else train)[i]),
+                        float(train[i]),
+                        float(error[i]),
+                    )
+                    for test, error, _, train in points
+                ]
+            )
+            rates.append([{block: float(rate[i]) for block, rate in p[2].items()} for p in points])
 
-    curves = np.reshape(losses, (-1, config.seeds, config.evaluations, 2))
+    curves = np.reshape(losses, (-1, config.seeds, config.evaluations, 3))
     cell = {
         "specification": specification(config, task_name, name),
         "metric": task.metric,
         "test_loss": rounded(curves[..., 0]),
         "train_loss": rounded(curves[..., 1]),
+        **({"test_error": rounded(curves[..., 2])} if task.test_error else {}),
         "seconds_per_run": round((time.monotonic() - start) / (len(groups) * group), 3),
         "compile_seconds": round(compile_s, 2),
         "device": jax.devices()[0].device_kind,

@@ -3,9 +3,11 @@
 import gzip
 import hashlib
 import os
+import re
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,11 +148,39 @@ def cifar10() -> Dataset:
 
 def shakespeare() -> Text:
     """Loads Tiny Shakespeare (Karpathy, 2015): 1,115,394 characters, a tenth for testing."""
-    name = "tinyshakespeare.txt"
-    raw = _published_file("Tiny Shakespeare", name, SHAKESPEARE_URL, SHAKESPEARE_SHA256, name)
-    symbols, text = np.unique(np.frombuffer(raw, np.uint8), return_inverse=True)
+    symbols, text = np.unique(np.frombuffer(_shakespeare(), np.uint8), return_inverse=True)
     train, test = np.split(text.astype(np.int32), [len(text) * 9 // 10])
     return Text(train, test, len(symbols))
+
+
+def shakespeare_words(size: int) -> Text:
+    """Loads the words of Tiny Shakespeare that are among the ``size`` most frequent.
+
+    Words are numbered from the most frequent one on.
+    """
+    raw = _shakespeare().lower()
+    cut = len(raw) * 9 // 10
+    train, test = (re.findall(rb"[a-z']+", part) for part in (raw[:cut], raw[cut:]))
+    number = {word: i for i, (word, _) in enumerate(Counter(train).most_common(size))}
+    train, test = (
+        np.array([number[word] for word in part if word in number], np.int32)
+        for part in (train, test)
+    )
+    return Text(train, test, len(number))
+
+
+def _shakespeare() -> bytes:
+    name = "tinyshakespeare.txt"
+    return _published_file("Tiny Shakespeare", name, SHAKESPEARE_URL, SHAKESPEARE_SHA256, name)
+
+
+def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
+    """Loads 569 tumours with 30 features, standardized, and whether they are benign."""
+    from sklearn.datasets import load_breast_cancer
+
+    x, y = load_breast_cancer(return_X_y=True)
+    x, _ = _standardized(x, x, axis=0)
+    return x, y.astype(np.float32)
 
 
 def friedman(num_train: int = 4000, num_test: int = 2000) -> Dataset:

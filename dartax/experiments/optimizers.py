@@ -51,6 +51,9 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+SCHEDULE_FREE = ("schedule_free_adamw",)
+
+
 def has_rates(name: str) -> bool:
     """Tells whether dartax can read learned rates from the state of the optimizer."""
     return name in ("dart", "paper_dart", *ablations.FACTORY)
@@ -147,6 +150,6 @@ def build(
 
 def eval_params(config: OptimizerConfig, opt_state: PyTree, params: PyTree) -> PyTree:
     """Returns the parameters for evaluation, which differ for schedule-free optimizers."""
-    if config.name == "schedule_free_adamw":
+    if config.name in SCHEDULE_FREE:
         return optax.contrib.schedule_free_eval_params(opt_state, params)
     return params

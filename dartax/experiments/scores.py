@@ -17,8 +17,12 @@ BASIN = 1.01
 SAFE = 1e-4
 
 
-def losses(cell: Mapping[str, Any], kind: str = "test_loss") -> np.ndarray:
-    """Returns the loss curves ``[values, seeds, evaluations]``; infinite if not finite."""
+def losses(cell: Mapping[str, Any], kind: str | None = None) -> np.ndarray:
+    """Returns curves ``[values, seeds, evaluations]``; infinite if not finite.
+
+    By default they are what the task is judged by, the test loss or the test error.
+    """
+    kind = kind or ("test_error" if cell["specification"]["task"].get("judge") else "test_loss")
     array = np.array(cell[kind], float)  # None becomes NaN
     return np.where(np.isfinite(array), array, np.inf)
 

@@ -1,125 +1,33 @@
 """Training problems as pure functions."""
 
-import dataclasses
 import math
-import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dartax.experiments import data as data_lib
-from dartax.experiments.config import ConfigError, nearest
+from dartax.experiments import robust_tasks
+from dartax.experiments.config import ConfigError
 from dartax.experiments.models import MLP, ConvNet, ResNet, Transformer
+from dartax.experiments.task import (
+    Task,
+    TaskConfig,
+    cross_entropy,
+    epoch_batches,
+    error_rate,
+    squared_error,
+)
 
 PyTree = Any
-Problem = Literal[
-    "digits",
-    "mnist",
-    "autoencoder",
-    "cifar_convnet",
-    "cifar_resnet",
-    "shakespeare",
-    "friedman",
-    "burgers",
-    "quadratic",
-]
 
 # Test examples evaluated at once. Convolutions of a whole test set would not fit into memory.
 TEST_CHUNK = 500
 TEST_WINDOWS = 256
 VISCOSITY = 0.1 / math.pi
-
-
-class Task(NamedTuple):
-    """A training problem as pure functions, which can be vmapped over seeds and settings.
-
-    Attributes:
-      init: Makes parameters from a key.
-      batches: Makes the batches of all steps from a key, with leading axis ``[steps]``. A batch
-        consists of indices and keys, because the examples would need too much memory.
-      train_loss: Maps ``(params, data, batch)`` to a float32 scalar.
-      test_loss: Maps ``(params, data)`` to a float32 scalar.
-      data: Device arrays. They are arguments, because a closure would compile them as constants.
-      metric: Name of the test loss.
-    """
-
-    init: Callable[[jax.Array], PyTree]
-    batches: Callable[[jax.Array], PyTree]
-    train_loss: Callable[[PyTree, PyTree, PyTree], jax.Array]
-    test_loss: Callable[[PyTree, PyTree], jax.Array]
-    data: PyTree
-    metric: str
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """A training problem and the size of its network."""
-
-    problem: Problem
-    """Kind of problem."""
-    steps: int
-    """Number of batches."""
-    batch_size: int = 64
-    """Examples per step: text windows of shakespeare, collocation points of burgers. Determines
-    the gradient noise of quadratic."""
-    layers: tuple[int, ...] = (128, 128)
-    """Hidden widths of an MLP, channels of a ConvNet, blocks per stage of a ResNet, lengths of the
-    vectors of quadratic."""
-    width: int = 64
-    """Features of the transformer, or channels of the first stage of a ResNet."""
-    depth: int = 2
-    """Number of blocks of the transformer."""
-    heads: int = 4
-    """Attention heads of the transformer. Must divide width."""
-    context: int = 64
-    """Context length of the transformer, in characters."""
-    stem_stride: int = 2
-    """Stride of the first convolution of a ResNet."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the parameters and of the computation. Losses are float32."""
-    layer_scale: float = 1.0
-    """Factor of the initial size of every second hidden kernel of an MLP, with the same initial
-    function. If it is far from 1, no single learning rate suits all layers."""
-
-    def __post_init__(self):
-        for name, kind in (("problem", Problem), ("dtype", Literal["float32", "bfloat16"])):
-            known = typing.get_args(kind)
-            if (value := getattr(self, name)) not in known:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(known)}, got {value!r}; "
-                    f"{nearest(str(value), known)}"
-                )
-        for name in ("steps", "batch_size", "width", "depth", "heads", "context", "stem_stride"):
-            if not _is_count(value := getattr(self, name)):
-                raise ConfigError(f"{name} must be an int of at least 1, got {value!r}; raise it.")
-        if not all(_is_count(value) for value in self.layers):
-            raise ConfigError(
-                f"layers must hold ints of at least 1, got {self.layers!r}; pass e.g. (128, 128)."
-            )
-        if self.problem == "shakespeare" and self.width % self.heads:
-            raise ConfigError(
-                f"width must be a multiple of the {self.heads} heads, got {self.width}; "
-                f"pass e.g. {16 * self.heads}."
-            )
-        if self.problem == "burgers" and self.batch_size < 4:
-            raise ConfigError(
-                f"batch_size must be at least 4 for burgers, got {self.batch_size}; raise it."
-            )
-        if not 0 < self.layer_scale < math.inf:
-            raise ConfigError(
-                f"layer_scale must be a positive number, got {self.layer_scale}; pass 1.0."
-            )
-        has_mlp = self.problem in ("digits", "mnist", "autoencoder", "friedman", "burgers")
-        if self.layer_scale != 1 and not (has_mlp and len(self.layers) > 1):
-            raise ConfigError(
-                "layer_scale must be 1 unless an MLP has two hidden layers, got "
-                f"{self.layer_scale} for {self.problem} with layers {self.layers}; pass 1.0."
-            )
 
 
 def build(config: TaskConfig) -> Task:
@@ -132,8 +40,12 @@ def build(config: TaskConfig) -> Task:
     dtype = jnp.dtype(config.dtype)
     match config.problem:
         case "digits" | "mnist":
-            dataset = data_lib.load(config.problem)
-            return _supervised(config, _mlp(config, 10), dataset, cross_entropy, "cross-entropy")
+            dataset = _fewer_and_noisier(config, data_lib.load(config.problem))
+            task = _supervised(config, _mlp(config, 10), dataset, cross_entropy, "cross-entropy")
+            if config.privacy_noise:
+                gradient = robust_tasks.private(task.train_loss, config.privacy_noise)
+                task = task._replace(gradient=gradient)
+            return task
         case "autoencoder":
             dataset = data_lib.mnist()
             dataset = dataset._replace(train_y=dataset.train_x, test_y=dataset.test_x)
@@ -155,25 +67,19 @@ def build(config: TaskConfig) -> Task:
             return _burgers(config)
         case "quadratic":
             return _quadratic(config)
+        case _:
+            return getattr(robust_tasks, config.problem)(config)
 
 
-def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean cross-entropy of logits ``[..., classes]``, in float32."""
-    logits = outputs.astype(jnp.float32)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-
-def squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the mean squared error over all elements, in float32."""
-    return jnp.mean((outputs.astype(jnp.float32).reshape(y.shape) - y) ** 2)
-
-
-def epoch_batches(key: jax.Array, num_examples: int, batch_size: int, steps: int) -> jax.Array:
-    """Returns indices ``[steps, batch_size]``. Each epoch is a permutation without its rest."""
-    per_epoch = num_examples // batch_size
-    keys = jax.random.split(key, -(-steps // per_epoch))
-    orders = jax.vmap(lambda key: jax.random.permutation(key, num_examples))(keys)
-    return orders[:, : per_epoch * batch_size].reshape(-1, batch_size)[:steps]
+def _fewer_and_noisier(config: TaskConfig, dataset: data_lib.Dataset) -> data_lib.Dataset:
+    """The first ``examples`` training examples, some with a label at random."""
+    count = config.examples or len(dataset.train_y)
+    train_y = dataset.train_y[:count].copy()
+    if config.label_noise:
+        rng = np.random.default_rng(0)
+        wrong = rng.random(len(train_y)) < config.label_noise
+        train_y[wrong] = rng.integers(dataset.num_classes, size=wrong.sum())
+    return dataset._replace(train_x=dataset.train_x[:count], train_y=train_y)
 
 
 def burgers_solution(t: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -186,11 +92,6 @@ def burgers_solution(t: np.ndarray, x: np.ndarray) -> np.ndarray:
     y = np.pi * (x[..., None] - np.sqrt(4 * VISCOSITY * t[..., None]) * nodes)
     f = weights * np.exp(-np.cos(y) / (2 * np.pi * VISCOSITY))
     return -(np.sin(y) * f).sum(-1) / f.sum(-1)
-
-
-def _is_count(value: Any) -> bool:
-    """Tells whether ``value`` is an int of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _mlp(
@@ -288,20 +189,25 @@ def _task(
         outputs: Any = model.apply({"params": params}, x)
         return loss(outputs, y)
 
-    def test_loss(params, data):
-        def one(example):
-            x, y = example
-            return loss_of(params, x[None], y[None])
+    def over_test(measure):
+        def mean(params, data):
+            def one(example):
+                x, y = example
+                outputs: Any = model.apply({"params": params}, x[None])
+                return measure(outputs, y[None])
 
-        return jax.lax.map(one, data["test"], batch_size=TEST_CHUNK).mean()
+            return jax.lax.map(one, data["test"], batch_size=TEST_CHUNK).mean()
+
+        return mean
 
     return Task(
         init=lambda key: model.init(key, example)["params"],
         batches=batches,
         train_loss=lambda params, data, batch: loss_of(params, *examples(data["train"], batch)),
-        test_loss=test_loss,
+        test_loss=over_test(loss),
         data=data,
         metric=metric,
+        test_error=over_test(error_rate) if loss is cross_entropy else None,
     )
 
 
