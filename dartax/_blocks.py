@@ -31,6 +31,11 @@ class Blocks(NamedTuple):
     num_blocks: int
     index: Any
 
+    def sizes(self, tree: PyTree) -> np.ndarray:
+        """How many elements of ``tree``, a tree with these leaves, every block has, ``[K]``."""
+        sizes = [np.size(leaf) for leaf in jax.tree.leaves(tree)]
+        return np.bincount(self.of_leaf, sizes, self.num_blocks).astype(np.float32)
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A key path as text: ``('Dense_0', 'kernel')`` is ``Dense_0/kernel``."""

@@ -6,29 +6,37 @@ concentration, l' = d log gamma / da, and h_i = dL/dlog pi_i over the past steps
 gradient through the draw is
 
     G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
-    s_i = -m_i / sqrt(v_i)                                   moments of G_i + 0.3 * mean_j G_j
+    s_i = -m_i / sqrt(v_i)                                   moments of G_i
 
 s_i is near 1 where every step so far should have been longer, and near -1 where every step should
-have been shorter. The mean is small beside the gradient of a block that matters to the loss. The
-other blocks, such as most biases, follow it instead of their own noise. The concentrations move by
+have been shorter. The concentrations move by
 
-    a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + 0.3, 0, 1) - 0.05 * clip(-4 s_i - 3, 0, 1)
+    a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + tolerance_i, 0, 1) - fall_i
 
-where s_long is the same over a longer window, and limit_i = min(0.05, 20 / t). The limit is higher
-where a step is tiny beside the weights that it changes, or where the user's schedule ends within a
-few hundred updates. Then all concentrations, the slack's too, are multiplied by one number. That
-leaves the mean rates alone, and makes the smallest one of a block equal ``concentration``.
+where s_long is the same over a longer window. Then all concentrations, the slack's too, are
+multiplied by one number. That leaves the mean rates alone, and makes the smallest one of a block
+equal ``concentration``.
 
-The first term grows the rates, even where s is a little below 0. At that point the steep directions
-want shorter steps and the flat ones still longer steps, and the decay of the schedule shortens the
-former later. For the same reason a rate does not shrink because s is a little below 0. On a noisy
-objective a hypergradient always ends up there (short-horizon bias, Wu et al., 2018,
-`arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), less so with a longer memory. The second
-term takes back rates that are clearly too high. Where G_i is more than 10 times its root mean
-square, a_i drops by log 10 at once: steps that diverge leave no time for averages.
+Growth needs evidence. With the progress r_i of the past steps, which is 1 for a walk at random, the
+power p_i of their directions, which is 1 under white noise, and their noise n_i in [0, 1] (all in
+``_walk.py``), and with A in [0, 1] for how far the user's schedule will still fall,
 
-Where a rate is taken back, the past steps in h shrink by the same factor. Otherwise a few steps
-that went too far would make the rate shrink long after it was mended.
+    limit_i     = min(0.05, 20 / t) * clip(p_i / 2, 1, 4)
+    tolerance_i = 0.3 * A * (1 - n_i) * clip(r_i - 1/2, 0, 1)
+    fall_i      = min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1))
+
+The limit is higher too where a step is tiny beside the weights that it changes.
+
+A rate that will be annealed may grow where s is a little below 0. At that point the steep
+directions want shorter steps and the flat ones still longer steps, and the schedule shortens the
+former later. On a noisy objective, though, a hypergradient always ends a little below 0
+(short-horizon bias, Wu et al., 2018, `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), so
+there is no tolerance for noise. Where the steps follow noise, or undo one another, the rate falls
+as a power of 1 / t, as the optimal rates of noisy problems do.
+
+Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
+diverge leave no time for averages. The past steps in h shrink by the same factor. Otherwise a few
+steps that went too far would make the rate shrink long after it was mended.
 """
 
 from typing import Any
@@ -52,6 +60,7 @@ from dartax._transform import (
     moving_average,
     scale_by_dirichlet,
 )
+from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
@@ -59,18 +68,18 @@ from dartax.inner import adam
 # and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of
 # magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
-# The ramp, which is also the warm-up: at most GROWTH per update in log space, and at most RAMP / t
-# later on. Where the user's schedule shows a run of fewer than about 400 updates, it is steeper:
-# SPRINT times the fall of the schedule over the next 32. The run would end on the ramp otherwise.
-GROWTH, RAMP, SPRINT = 0.05, 20.0, 0.6
-# Where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of the
-# weights, the ramp is steeper in proportion, up to FAST_GROWTH. From a rate of 1e-8 it begins in
-# earnest after about 20 updates.
+# The ramp, which is also the warm-up: rates change by at most GROWTH per update in log space, and
+# grow by at most RAMP / t later on. Where the directions have more than POWERFUL times the power of
+# white noise, the gradients agree, and the ramp is steeper in proportion, up to STEEPEST times.
+GROWTH, RAMP, POWERFUL, STEEPEST = 0.05, 20.0, 2.0, 4.0
+# It is also where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of
+# the weights. From a rate of 1e-8 the ramp begins in earnest after about 20 updates. It never grows
+# faster than by FAST_GROWTH.
 SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
-# Weight of the mean gradient beside the block's own.
-POOL = 0.3
-# Rates grow while s is above the first and shrink where it is below the second.
-GROW_ABOVE, RETREAT_BELOW = -0.3, -0.75
+# Rates grow while s is above -TOLERANCE, where nothing speaks against it.
+TOLERANCE = 0.3
+# Rates without progress fall as t ** -FALL.
+FALL = 3.0
 # Where a gradient opposes the past steps by this many times its root mean square, the rate is
 # divided by SURPRISE.
 SURPRISE = 10.0
@@ -91,14 +100,28 @@ def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
 
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
-    limit = jnp.maximum(GROWTH, SPRINT * context.fall)
-    limit = jnp.minimum(limit, RAMP / (1 + f32(context.num)))
+    limit = jnp.minimum(GROWTH, RAMP / (1 + f32(context.num)))
     weight_rms = context.weight_rms
     # Blocks of vectors take the scale of the smallest matrices, if there are any.
     positive = weight_rms > 0
     smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
     rms = jnp.where(positive, weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
-    return jnp.clip(limit * SMALL_STEP * rms / rate, limit, FAST_GROWTH)
+    limit *= jnp.clip(context.power / POWERFUL, 1.0, STEEPEST)
+    return jnp.minimum(limit * jnp.maximum(SMALL_STEP * rms / rate, 1.0), FAST_GROWTH)
+
+
+def tolerance(context: Context) -> jax.Array:
+    """How far s may be below 0 while the rates still grow, ``[K]``."""
+    evidence = jnp.clip(context.progress - 0.5, 0.0, 1.0)
+    return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
+
+
+def fall(context: Context) -> jax.Array:
+    """How far the log concentrations fall in this update for want of progress, ``[K]``."""
+    astray = noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
+    confined = jnp.clip(1 - 2 * context.progress, 0.0, 1.0)
+    limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
+    return limit * jnp.maximum(astray, confined)
 
 
 def dart_rule(
@@ -119,7 +142,6 @@ def dart_rule(
     def learn(current, draw, h, moments, context):
         num = context.num
         gradient = log_concentration_gradient(draw, h)
-        gradient += POOL * jnp.sum(gradient) / max(gradient.size, 1)
         mu = moving_average(moments.hyper_mu, gradient, B1)
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
@@ -133,14 +155,12 @@ def dart_rule(
 
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
-        above = jnp.minimum(s, s_long) - GROW_ABOVE
-        grow = jnp.where(seen, jnp.clip(above, 0.0, 1.0), 0.0)
-        # At full speed where s is -1.
-        retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
-        change = growth_limit(rate, context) * grow - GROWTH * retreat
+        grow = jnp.clip(jnp.minimum(s, s_long) + tolerance(context), 0.0, 1.0)
+        change = growth_limit(rate, context) * grow - fall(context)
         usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
+        change = jnp.where(seen, change, 0.0)
         factor = jnp.exp(change)
         moved = current * jnp.append(factor, 1.0)
 
@@ -150,7 +170,8 @@ def dart_rule(
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
         # Past steps count as if they had been as short as the new rate makes them.
-        return moved, Moments(mu, nu, trend), jnp.minimum(factor, 1.0)
+        moments = Moments(mu, nu, trend, change)
+        return moved, moments, jnp.minimum(factor, 1.0)
 
     return Rule(init, learn, of_log=True)
 
@@ -174,7 +195,7 @@ def scale_by_dart(
     memory_decay: Number = 0.999,
     blocks: Labels = None,
     key: jax.Array | int = 0,
-    memory_dtype: str = "bfloat16",
+    memory_dtype: str = "float32",
     implementation: Implementation = "fused",
 ) -> optax.GradientTransformationExtraArgs:
     """Scales directions by learned, randomly drawn rates, one for each parameter block.
@@ -207,9 +228,10 @@ def scale_by_dart(
         last axis, or for every element, by :func:`dartax.contrib.scale_by_shares`.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal need
         equal keys.
-      memory_dtype: Dtype of the memory of past steps, 2 bytes per element in ``bfloat16``. Of a
-        tensor of more than 131,072 elements it holds a sample, always the same: at least 1 in 48,
-        and at least 16,384. With rates for channels or elements it holds all.
+      memory_dtype: Dtype of the memory of past steps. ``bfloat16`` halves it, but rounds its decay
+        away, and steps below 0.2 % of what it holds. Of a tensor of more than 131,072 elements it
+        holds a sample, always the same: at least 1 in 48, and at least 16,384. With rates for
+        channels or elements it holds all.
       implementation: ``"fused"``, or ``"plain"``: the same step in the readable tree maps of
         ``dartax/_plain.py``, with a memory that is always whole. It is several times slower.
 
@@ -287,7 +309,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     mask: Any = None,
     blocks: Labels = None,
     key: jax.Array | int = 0,
-    memory_dtype: str = "bfloat16",
+    memory_dtype: str = "float32",
     implementation: Implementation = "fused",
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
@@ -297,7 +319,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
-        that ends within a few hundred updates also makes the rates grow faster.
+        that falls also lets them grow further.
       inner: Gives the directions; ``None`` is Adam. See :func:`scale_by_dart` for this and all
         arguments that are not listed here.
       weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the

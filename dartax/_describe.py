@@ -61,23 +61,21 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
 
       - ``not started``: No gradient has judged a rate yet: fewer than two updates.
       - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps.
-      - ``pinned at max``: The block has more than 95 % of the budget, or would grow where less
-        than 5 % of it is slack; with ``paper_dart``: or its concentration is at 10, where the
-        published formula clips it.
+      - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % of it where
+        less than 5 % is slack, and does not shrink; with ``paper_dart``: or its concentration is at
+        10, where the published formula clips it.
       - ``pinned at min``: The mean rate is within 5 % of a positive ``min_rate``; with
         ``paper_dart``: or the concentration is clipped at 0.1.
       - ``collapsed``: The standard deviation of the share is more than twice its mean (a
         concentration below about 1/4): nearly all draws are close to ``min_rate``, and a few
         are large.
-      - ``growing``: ``min(s, s_long) > -0.3``, where ``dart`` raises the rate; with
+      - ``growing``: ``dart`` raised the rate by more than 0.1 % in the last update; with
         ``paper_dart``: ``s > 0.5``.
-      - ``shrinking``: ``s < -0.75``, where ``dart`` takes it back; with ``paper_dart``:
-        ``s < -0.5``.
+      - ``shrinking``: ``dart`` lowered it by more than 0.1 %; with ``paper_dart``: ``s < -0.5``.
       - ``settled``: None of these.
 
-      s is the mean of the last gradients of the log concentration (with ``paper_dart``: of the
-      concentration) over their root mean square, with its sign turned, and s_long the same over
-      a longer window. The decays of ``paper_dart`` are taken to be its defaults.
+      s is the mean of the last gradients of the concentration over their root mean square, with its
+      sign turned. The decays of ``paper_dart`` are taken to be its defaults.
 
     Raises:
       ValueError: If there is no DART state, or ``params`` has another number of leaves.

@@ -26,6 +26,8 @@ from dartax._transform import debias
 NEAR = 0.05
 # A block has collapsed when its share has a standard deviation of more than this times its mean.
 WIDE = 2.0
+# A rate of dart that moves by at most this part per update has settled.
+STILL = 1e-3
 # paper_dart follows the sign of s wherever it points. The noise of an average over about 10 updates
 # stays within this: two of its standard deviations.
 NOISE = 0.5
@@ -47,7 +49,7 @@ class Block(NamedTuple):
       slack: Mean share of the budget that no block spends; ``None`` without a slack.
       s: Mean of the last gradients over their root mean square, with its sign turned: near 1 where
         longer steps would have been better, near -1 where shorter ones would. See ``_dart.py``.
-      s_long: The same over a longer window, or ``s`` where there is none.
+      change: Last change of the log concentration; of ``dart`` only.
     """
 
     expected: float
@@ -61,7 +63,7 @@ class Block(NamedTuple):
     concentration: float
     slack: float | None
     s: float
-    s_long: float
+    change: float
 
 
 def _not_started(block: Block) -> bool:
@@ -75,7 +77,8 @@ def _no_signal(block: Block) -> bool:
 def _at_max(block: Block) -> bool:
     if block.slack is None:
         return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
-    return block.share > 1 - NEAR or (block.slack < NEAR and _growing(block))
+    spends = block.slack < NEAR < block.share and not _shrinking(block)
+    return block.share > 1 - NEAR or spends
 
 
 def _at_min(block: Block) -> bool:
@@ -88,11 +91,11 @@ def _collapsed(block: Block) -> bool:
 
 
 def _growing(block: Block) -> bool:
-    return min(block.s, block.s_long) > (NOISE if block.slack is None else _dart.GROW_ABOVE)
+    return block.s > NOISE if block.slack is None else block.change > STILL
 
 
 def _shrinking(block: Block) -> bool:
-    return block.s < (-NOISE if block.slack is None else _dart.RETREAT_BELOW)
+    return block.s < -NOISE if block.slack is None else block.change < -STILL
 
 
 # The first rule that holds decides.
@@ -114,16 +117,14 @@ def health(block: Block) -> str:
     return next(word for word, holds in RULES.items() if holds(block))
 
 
-def _signals(state: ScaleByDartState) -> tuple[np.ndarray, np.ndarray]:
-    """The s and s_long by which the last update moved the concentration of every block."""
+def _signal(state: ScaleByDartState) -> np.ndarray:
+    """The s by which the last update moved the concentration of every block."""
     has_slack = _has_slack(state)
     num = state.count - state.skipped - 1
     nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.B2, num)
     root = np.sqrt(np.asarray(nu))
     inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
-    s = -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
-    trend = np.asarray(debias(state.moments.hyper_trend, _dart.B_TREND, num))
-    return s, np.where(trend == 0, s, -trend * inverse_root)
+    return -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
 
 
 def _has_slack(state: ScaleByDartState) -> bool:
@@ -138,7 +139,6 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
     lift = (
         (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf
     )
-    s, s_long = _signals(state)
     columns = {
         "expected": expected_rates(state),
         "std": rate_stds(state),
@@ -148,8 +148,8 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
         "relative_std": relative_std,
         "lift": lift,
         "concentration": block_concentrations(state),
-        "s": s,
-        "s_long": s_long,
+        "s": _signal(state),
+        "change": state.moments.hyper_change,
     }
     num = max(int(state.count - state.skipped) - 1, 0)
     slack = 1 - float(np.sum(share)) if _has_slack(state) else None

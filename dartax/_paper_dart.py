@@ -35,7 +35,6 @@ from dartax._blocks import Labels
 from dartax._fused._fusable import with_decayed_weights
 from dartax._transform import (
     Implementation,
-    Moments,
     Number,
     Rule,
     concentration_gradient,
@@ -63,7 +62,7 @@ def paper_rule(
         num = context.num
         step = f32(eta) * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
-        return concentration, Moments(mu, nu, moments.hyper_trend), jnp.ones_like(h)
+        return concentration, moments._replace(hyper_mu=mu, hyper_nu=nu), jnp.ones_like(h)
 
     return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn, of_log=False)
 

@@ -5,9 +5,9 @@ and the tests hold the two together. (``memory_shape`` and ``whole`` are there f
 every block i, with gradient g, direction u of the inner
 transform and memory z of the past steps:
 
-    judge        h_i    = -< g_i, z_i >                      float32, over all leaves of the block
+    judge        h_i    = -< g_i, z_i >,  |z_i|^2            float32, over all leaves of the block
     directions   u_i    = what the inner transform makes of the gradient
-    move         update = rate_i * u_i,     z_i <- keep_i * z_i + weight_i * u_i
+    move         update = rate_i * u_i,     z_i <- keep_i * z_i + weight_i * u_i,    |u_i|^2
 
 Where ``finite`` is false the step is skipped: the inner state stays as it was, the direction is 0.
 """
@@ -42,16 +42,19 @@ def random_words(
     return jax.random.key_data(step_key), jax.random.bits(step_key, shape, "uint32")
 
 
-def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """The hypergradient h of every block, and whether its gradient is usable; ``[K]`` each.
+def judge(
+    gradient: PyTree, memory: PyTree, blocks: Blocks
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Every block's hypergradient h, squared length of the memory, and whether its gradient counts.
 
-    A gradient is usable if it is finite, and its squared norm and h fit into float32.
+    It counts if it is finite, and its squared norm and h fit into float32. ``[K]`` each.
     """
     g = [f32(leaf) for leaf in jax.tree.leaves(gradient)]
     z = [f32(leaf) for leaf in jax.tree.leaves(memory)]
     h = per_block([-jnp.sum(x * y) for x, y in zip(g, z, strict=True)], blocks)
     squares = per_block([jnp.sum(leaf**2) for leaf in g], blocks)
-    return h, jnp.isfinite(h) & jnp.isfinite(squares)
+    lengths = per_block([jnp.sum(leaf**2) for leaf in z], blocks)
+    return h, lengths, jnp.isfinite(h) & jnp.isfinite(squares)
 
 
 def directions(
@@ -76,14 +79,18 @@ def move(
     weights: jax.Array,
     keep: jax.Array,
     blocks: Blocks,
-) -> tuple[PyTree, PyTree]:
-    """The updates and the new memory; ``rates``, ``weights`` and ``keep`` are ``[K]``."""
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """The updates, the new memory and the squared lengths of what was added to it.
+
+    ``rates``, ``weights`` and ``keep`` are ``[K]``, and so are the lengths, before the weights.
+    """
     block = jax.tree.unflatten(jax.tree.structure(memory), blocks.of_leaf)
     updates = jax.tree.map(lambda u, i: scale(u, rates[i]), direction, block)
     memory = jax.tree.map(
         lambda z, u, i: accumulate(z, u, weights[i], keep[i]), memory, remembered, block
     )
-    return updates, memory
+    squares = per_block([jnp.sum(f32(leaf) ** 2) for leaf in jax.tree.leaves(remembered)], blocks)
+    return updates, memory, squares
 
 
 def scale(direction: jax.Array, rate: jax.Array) -> jax.Array:

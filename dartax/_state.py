@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._blocks import PyTree
+from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 8
+VERSION = 9
 
 
 class Draw(NamedTuple):
@@ -25,17 +26,20 @@ class Draw(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the blocks' concentrations.
+    """Moving averages of the gradient with respect to the blocks' concentrations, and what it did.
 
     Attributes:
       hyper_mu: First moment, float32 ``[K]``.
       hyper_nu: Second moment, float32 ``[K]``.
       hyper_trend: First moment over a longer window, float32 ``[K]``.
+      hyper_change: Last change of the log concentrations, float32 ``[K]``. ``dart`` then multiplies
+        all of them by one number. ``paper_dart`` leaves it and ``hyper_trend`` at 0.
     """
 
     hyper_mu: jax.Array
     hyper_nu: jax.Array
     hyper_trend: jax.Array
+    hyper_change: jax.Array
 
 
 class ScaleByDartState(NamedTuple):
@@ -55,6 +59,7 @@ class ScaleByDartState(NamedTuple):
       block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
       moments: Moving averages of the gradient of their blocks.
+      walk: Lengths of the past steps, and what they would add up to under white noise.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
         before it (``paper_dart``) or their logarithms (``dart``), ``[K]``.
@@ -76,6 +81,7 @@ class ScaleByDartState(NamedTuple):
     block_index: tuple[jax.Array, ...] | jax.Array
     concentration: jax.Array
     moments: Moments
+    walk: Walk
     weight_rms: jax.Array
     hypergradient: jax.Array
     last_draw: Draw

@@ -28,12 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax import _blocks, _check, _fused, _plain, random
+from dartax import _blocks, _check, _fused, _plain, _walk, random
 from dartax._blocks import Labels, PyTree
 from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_state, next_key
 
-# Updates over which a rule sees the user's schedule fall.
-LOOK_AHEAD = 32
+# An update by which every schedule has ended.
+THE_END = 2**30
 
 Number = jax.Array | float
 Implementation = Literal["fused", "plain"]
@@ -45,13 +45,17 @@ class Context(NamedTuple):
     Attributes:
       num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
-      fall: How far the user's schedule falls over the next ``LOOK_AHEAD`` updates, non-negative
-        float32 scalar; 0 where it rises or is a number.
+      progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
+      power: Mean square of their directions over that under white noise, ``[K]``.
+      annealing: Part of its value that the user's schedule will lose until its end, float32 scalar
+        in [0, 1]; 0 of a number.
     """
 
     num: jax.Array
     weight_rms: jax.Array
-    fall: jax.Array
+    progress: jax.Array
+    power: jax.Array
+    annealing: jax.Array
 
 
 class Rule(NamedTuple):
@@ -113,12 +117,13 @@ def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -
     return derivative * draw.share * (h - jnp.dot(draw.share, h))
 
 
-def schedule_fall(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """How far the schedule falls over the next ``LOOK_AHEAD`` updates, at least 0."""
+def annealing(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """What part of its value the schedule will lose until its end, in [0, 1]; 0 of a number."""
     if not callable(learning_rate):
         return jnp.zeros([], jnp.float32)
-    now, later = f32(learning_rate(count)), f32(learning_rate(count + LOOK_AHEAD))
-    return jnp.where(later < now, now - later, 0.0)  # also where one of them is NaN
+    now, late = f32(learning_rate(count)), f32(learning_rate(THE_END))
+    part = 1 - late / jnp.where(now > 0, now, 1.0)
+    return jnp.where(late < now, jnp.clip(part, 0.0, 1.0), 0.0)  # a comparison: NaN gives 0
 
 
 def scale_by_dirichlet(
@@ -175,7 +180,8 @@ def scale_by_dirichlet(
             key=jnp.array(jax.random.key_data(random.threefry_key(key))),
             block_index=_blocks.block_index(of_leaf),
             concentration=concentration,
-            moments=Moments(hyper_mu=per_block(), hyper_nu=per_block(), hyper_trend=per_block()),
+            moments=Moments(*(per_block() for _ in Moments._fields)),
+            walk=_walk.no_walk(inner, params, num_blocks),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),
@@ -196,19 +202,22 @@ def scale_by_dirichlet(
         updates = jax.tree.map(jnp.asarray, updates)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
-        h, sound = arithmetic.judge(updates, state.step_memory, blocks)
+        h, length, sound = arithmetic.judge(updates, state.step_memory, blocks)
         if grad is not None:
-            h, grad_sound = arithmetic.judge(grad, state.step_memory, blocks)
+            h, _, grad_sound = arithmetic.judge(grad, state.step_memory, blocks)
             sound &= grad_sound
         if value is not None:
             sound &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        num, fall = state.count - state.skipped, schedule_fall(learning_rate, state.count)
-        concentration, moments, keep = rule.learn(
-            state.concentration, state.last_draw, h, state.moments,
-            Context(num=num, weight_rms=state.weight_rms, fall=fall),
+        num = state.count - state.skipped
+        context = Context(
+            num=num, weight_rms=state.weight_rms, annealing=annealing(learning_rate, state.count),
+            progress=_walk.progress(state.walk, length), power=_walk.power(state.walk, num),
         )  # fmt: skip
+        concentration, moments, keep = rule.learn(
+            state.concentration, state.last_draw, h, state.moments, context
+        )
 
         # 3. Draw the rates.
         step_key, words = arithmetic.random_words(state.key, state.count, (2, *concentration.shape))
@@ -228,18 +237,20 @@ def scale_by_dirichlet(
             inner, updates, state.inner_state, params, finite,
             **{**extra_args, "step_memory": state.step_memory},
         )  # fmt: skip
-        updates, step_memory = arithmetic.move(
-            direction, remembered, state.step_memory, blocks=blocks, rates=last_rates,
-            weights=jnp.where(finite, weights, 0.0),
-            keep=jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0)),
-        )  # fmt: skip
+        weights = jnp.where(finite, weights, 0.0)
+        keep = jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0))
+        updates, step_memory, squares = arithmetic.move(
+            direction, remembered, state.step_memory, last_rates, weights, keep, blocks
+        )
+        walk = _walk.advance(state.walk, keep, weights, squares, blocks.sizes(step_memory))
 
         # 5. Keep what the next gradient needs. A skipped step else changes only its counters.
         if_skipped = state._replace(
-            last_rates=last_rates, step_memory=step_memory, inner_state=inner_state
-        )
+            last_rates=last_rates, step_memory=step_memory, inner_state=inner_state,
+            walk=_walk.shortened(state.walk, keep),
+        )  # fmt: skip
         if_taken = if_skipped._replace(
-            key=next_key(state, step_key), concentration=concentration, moments=moments,
+            key=next_key(state, step_key), concentration=concentration, moments=moments, walk=walk,
             hypergradient=h, last_draw=draw, last_multiplier=multiplier,
             min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
         )  # fmt: skip

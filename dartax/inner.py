@@ -123,7 +123,9 @@ def adam(
         g = part(updates) if nesterov else state.mu  # not read
         return jax.tree.map(leaf, g, part(state.mu), part(state.nu))
 
-    update = FusableUpdate(update_fn, again, always_finite=True)
+    # The average m of white noise has the mean square (1 - b1) / (1 + b1).
+    white_noise = None if nesterov else (1.0, b1, (1 - b1) / (1 + b1))
+    update = FusableUpdate(update_fn, again, always_finite=True, white_noise=white_noise)
     return optax.GradientTransformationExtraArgs(init_fn, update)
 
 
@@ -163,7 +165,7 @@ def momentum(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
         del updates, params, finite
         return part(state.trace)
 
-    update = FusableUpdate(update_fn, again, always_finite=True)
+    update = FusableUpdate(update_fn, again, always_finite=True, white_noise=(1.0, decay, 0.0))
     return optax.GradientTransformationExtraArgs(init_fn, update)
 
 

@@ -97,10 +97,11 @@ def dart(
     concentration=10.0, memory_decay=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
+    white_noise: tuple[float, float, float] = (1.0, 0.9, 0.1 / 1.9),
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
 
-    ``sample`` is True where a thin memory holds an element.
+    ``sample`` is True where a thin memory holds an element. ``white_noise`` is that of Adam.
     """
     b1, b_trend, b2 = 0.9, 0.98, 0.99
     names = sorted(params)
@@ -118,6 +119,29 @@ def dart(
     a = np.append(np.full(K, concentration), slack)
     m, v, trend = np.zeros(K), np.zeros(K), np.zeros(K)
     z = {name: np.zeros_like(params[name]) for name in names}
+    past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
+    powers = [[] for _ in range(K)]
+    agreement, persistence, white_power = white_noise
+
+    def kept_part(x, name):
+        return x[(sample or {}).get(name, ...)]
+
+    def free_walk(i):
+        """The expected squared length of z: a double sum over all pairs of steps."""
+        lengths, decays = (np.array(column) for column in zip(*past[i], strict=True))
+        left = np.array([lengths[j] * np.prod(decays[j + 1 :]) for j in range(len(lengths))])
+        distance = np.abs(np.subtract.outer(np.arange(len(left)), np.arange(len(left))))
+        correlation = np.where(distance == 0, 1.0, agreement * persistence**distance)
+        return left @ correlation @ left
+
+    def evidence(i, t):
+        """Progress and power of a block."""
+        members = [name for name in names if labels[name] == i]
+        length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
+        weights = 0.05 * 0.95 ** np.arange(t)[::-1]
+        power = np.sum(weights * powers[i]) / np.sum(weights) / white_power if white_power else 0.0
+        return length / free_walk(i), power
+
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
         g = gradient_of(params)
@@ -125,10 +149,9 @@ def dart(
         if t > 0:
             h = np.zeros(K)
             for name in names:
-                products = (g[name] * z[name])[(sample or {}).get(name, ...)]
+                products = kept_part(g[name] * z[name], name)
                 h[labels[name]] -= g[name].size / products.size * np.sum(products)
             grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
-            grad = grad + 0.3 * grad.mean()
             m = b1 * m + (1 - b1) * grad
             trend = b_trend * trend + (1 - b_trend) * grad
             usual = np.sqrt(v / (1 - b2 ** max(t - 1, 1)))
@@ -136,12 +159,16 @@ def dart(
             root = np.sqrt(v / (1 - b2**t))
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
+            annealing = 1 - multiplier(2**30) / multiplier(t) if multiplier(t) > 0 else 0.0
             for i in range(K):
-                fall = max(multiplier(t) - multiplier(t + 32), 0.0)
-                limit = min(max(0.05, 0.6 * fall), 20.0 / (1 + t))
-                limit = min(max(limit, limit * 1e-2 * rms[i] / rate[i]), 0.5)
-                grow = limit * np.clip(min(s[i], s_long[i]) + 0.3, 0, 1)
-                change = grow - 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
+                progress, power = evidence(i, t)
+                noise = min(power, 1 / power) ** 2 if power > 0 else 0.0
+                limit = min(0.05, 20.0 / (1 + t)) * max(1e-2 * rms[i] / rate[i], 1)
+                limit = min(limit * np.clip(power / 2, 1, 4), 0.5)
+                tolerance = 0.3 * annealing * (1 - noise) * np.clip(progress - 0.5, 0, 1)
+                astray, confined = noise * np.clip(2 - progress, 0, 1), max(1 - 2 * progress, 0)
+                change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
+                change -= min(0.05, 3.0 / (1 + t)) * max(astray, confined)
                 if usual[i] > 0 and grad[i] > 10 * usual[i]:
                     change = -np.log(10)
                 a[i] *= np.exp(change)
@@ -156,5 +183,10 @@ def dart(
         u = {name: u[name] + weight_decay * params[name] for name in names}
         spent = rates - multiplier(t) * min_rate
         z = {n: kept[labels[n]] * z[n] + spent[labels[n]] * u[n] for n in names}
+        for i in range(K):
+            parts = [kept_part(u[name], name) for name in names if labels[name] == i]
+            square = sum(np.sum(part**2) for part in parts)
+            past[i].append((spent[i] * np.sqrt(square), kept[i]))
+            powers[i].append(square / sum(part.size for part in parts))
         params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
         yield params, a.copy(), rates

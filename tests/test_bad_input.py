@@ -330,7 +330,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 8, got 1 .* call init"
+            ValueError, match="state must have version 9, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

@@ -143,6 +143,7 @@ def test_dart_follows_the_reference(direction, options):
         reference.adam(beta2=0.99) if direction == "adam" else reference.sgd(),
         shared_draws(9),
         multiplier=decay,
+        **({} if direction == "adam" else {"white_noise": (0.0, 0.0, 0.0)}),
         **options,
     )
     expected = list(expected)
@@ -194,6 +195,7 @@ def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
             "b": row % 4 == 2 * (column // 16 % 2),
             "c": np.isin(np.arange(100), np.arange(0, 96, 12)),
         },
+        white_noise=tuple(map(float, optimizer.init(params)[0].walk.white_noise)),
         **options,
     )
     expected = list(expected)

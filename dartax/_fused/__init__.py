@@ -63,7 +63,9 @@ def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
     return _plain.empty_memory(jax.tree.map(sampled, params), dtype)
 
 
-def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+def judge(
+    gradient: PyTree, memory: PyTree, blocks: Blocks
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See :func:`dartax._plain.judge`."""
     # The barrier: what is computed here and again later would be computed once, written out and
     # read twice. For the squares of the gradient that would make a step of 10 M parameters in 24
@@ -74,8 +76,9 @@ def judge(gradient: PyTree, memory: PyTree, blocks: Blocks) -> tuple[jax.Array, 
     sizes = [jnp.size(x) / max(jnp.size(y), 1) for x, y in zip(whole, part, strict=True)]
     if any(size != 1 for size in sizes):
         dots *= np.array(sizes, np.float32)
+    lengths = sums(jnp.square, jax.tree.leaves(memory))
     h, squares = (per_block(x, blocks) for x in (-dots, sums(jnp.square, whole)))
-    return h, jnp.isfinite(h) & jnp.isfinite(squares)
+    return h, per_block(lengths, blocks), jnp.isfinite(h) & jnp.isfinite(squares)
 
 
 def directions(
@@ -116,8 +119,8 @@ def move(
     weights: jax.Array,
     keep: jax.Array,
     blocks: Blocks,
-) -> tuple[PyTree, PyTree]:
-    """See :func:`dartax._plain.move`."""
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """See :func:`dartax._plain.move`; the lengths are those of the part that the memory holds."""
     structure: Any = jax.tree.structure(memory)
     rows = [_scalars(index, (rates, weights, keep)) for index in blocks.index]
     leaf_rates, leaf_weights, leaf_keep = (
@@ -126,7 +129,8 @@ def move(
     memory = jax.tree.map(_accumulate, memory, remembered.part, leaf_weights, leaf_keep)
     if remembered.reads_params:
         leaf_rates = after_memory(leaf_rates, memory)
-    return jax.tree.map(_scale, direction, leaf_rates), memory
+    squares = per_block(sums(jnp.square, jax.tree.leaves(remembered.part)), blocks)
+    return jax.tree.map(_scale, direction, leaf_rates), memory, squares
 
 
 def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:

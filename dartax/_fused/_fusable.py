@@ -38,6 +38,8 @@ class FusableUpdate:
       always_finite: Whether the direction of a skipped step is finite.
       whole_memory: Whether the memory that ``update`` gets as ``step_memory=`` has to hold all of
         large tensors, not samples.
+      white_noise: What its directions are under white noise, a, c and p of ``dartax/_walk.py``;
+        measured where it is ``None``.
     """
 
     update: Callable[..., tuple[PyTree, PyTree]]
@@ -45,6 +47,7 @@ class FusableUpdate:
     reads_params: bool = False
     always_finite: bool = False
     whole_memory: bool = False
+    white_noise: tuple[Any, Any, Any] | None = None
 
     def __call__(self, updates, state, params=None, **extra_args):
         """Updates, as optax does."""
@@ -130,5 +133,11 @@ def with_decayed_weights(
         chosen = mask(params) if callable(mask) else mask
         return add(known.again(updates, state, params, finite, part), part(params), chosen)
 
-    update = FusableUpdate(update_fn, again, reads_params=True, whole_memory=known.whole_memory)
+    update = FusableUpdate(
+        update_fn,
+        again,
+        reads_params=True,
+        whole_memory=known.whole_memory,
+        white_noise=known.white_noise,
+    )
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -408,6 +408,7 @@ def scale_by_shares(
         reads_params=inner_update.reads_params,
         always_finite=inner_update.always_finite,
         whole_memory=True,
+        white_noise=inner_update.white_noise,
     )
     return optax.GradientTransformationExtraArgs(init_fn, update)
 

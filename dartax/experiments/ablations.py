@@ -41,6 +41,35 @@ def mean_field(rule: Rule) -> Rule:
     return rule._replace(learn=learn)
 
 
+def no_progress(rule: Rule) -> Rule:
+    """Takes the past steps for a free walk, however far they got."""
+
+    def learn(current, draw, h, moments, context):
+        context = context._replace(progress=jnp.ones_like(h))
+        return rule.learn(current, draw, h, moments, context)
+
+    return rule._replace(learn=learn)
+
+
+def no_power(rule: Rule) -> Rule:
+    """Does not tell noise from signal and bouncing by the size of the directions."""
+
+    def learn(current, draw, h, moments, context):
+        return rule.learn(current, draw, h, moments, context._replace(power=jnp.zeros_like(h)))
+
+    return rule._replace(learn=learn)
+
+
+def no_evidence(rule: Rule) -> Rule:
+    """Without both: rates grow wherever the hypergradient does not forbid it, and seldom fall."""
+
+    def learn(current, draw, h, moments, context):
+        most = context._replace(progress=jnp.full_like(h, 1.5), power=jnp.zeros_like(h))
+        return rule.learn(current, draw, h, moments, most)
+
+    return rule._replace(learn=learn)
+
+
 def _moves(moments: Moments, num: jax.Array) -> jax.Array:
     """Returns s, the short average divided by the root of the second moment; ``[K]``."""
     root = jnp.sqrt(debias(moments.hyper_nu, _dart.B2, num))
@@ -108,7 +137,7 @@ def _factory(
             min_rate=0.0,
             rate_budget=rate_budget,
             memory_decay=memory_decay,
-            memory_dtype="bfloat16",
+            memory_dtype="float32",
             whole_memory=whole_memory,
             labels=blocks,
             key=key,
@@ -125,6 +154,9 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_mean_field": _factory(mean_field),
     "dart_no_ratchet": _factory(no_ratchet),
     "dart_no_slack": _factory(no_slack),
+    "dart_no_progress": _factory(no_progress),
+    "dart_no_power": _factory(no_power),
+    "dart_no_evidence": _factory(no_evidence),
     "dart_one_rate": _factory(blocks=lambda path: 0),
     "dart_whole_memory": _factory(whole_memory=True),
 }

@@ -85,8 +85,11 @@ def compare(
         config, workdir=workdir, seeds=seeds, tasks=tasks, optimizers=optimizers
     )
     results = compare_lib.run(loaded, redo=redo)
+    for schedule, part in compare_lib.by_schedule(loaded):
+        if schedule:
+            print(f"Under a {schedule} schedule")
+        print(scores.table(part, scores.score(part, {t: results[t] for t in part.tasks})))
     scored = scores.score(loaded, results)
-    print(scores.table(loaded, scored))
     for path in compare_plots.draw(loaded, results, scored):
         print(path)
 

@@ -133,33 +133,41 @@ def load(
       ConfigError: If the file is missing or wrong, or a name is unknown.
     """
     config = under_each_schedule(config_lib.load(path, CompareConfig))
-    changes: dict[str, Any] = {}
     if workdir is not None:
-        changes["workdir"] = workdir
+        config = dataclasses.replace(config, workdir=workdir)
     if seeds is not None:
-        changes["seeds"] = seeds
+        config = dataclasses.replace(config, seeds=seeds)
     for key, names in (("tasks", tasks), ("optimizers", optimizers)):
-        if not names:
-            continue
         table = getattr(config, key)
         for name in names:
             if name not in table:
                 raise ConfigError(
                     f"{key} must be names of {path}, got {name!r}; {nearest(name, [*table])}"
                 )
-        kept = {*names, config.target} if key == "optimizers" else {*names}
-        changes[key] = {name: value for name, value in table.items() if name in kept}
-    if "tasks" in changes:
-        # Drop the optimizers that have no task left.
-        entrants = changes.get("optimizers", config.optimizers)
-        changes["optimizers"] = {
-            name: dataclasses.replace(
-                entrant, tasks=tuple(t for t in entrant.tasks if t in changes["tasks"])
-            )
-            for name, entrant in entrants.items()
-            if not entrant.tasks or {*entrant.tasks} & {*changes["tasks"]}
-        }
-    return dataclasses.replace(config, **changes)
+    if optimizers:
+        kept = {n: e for n, e in config.optimizers.items() if n in {*optimizers, config.target}}
+        config = dataclasses.replace(config, optimizers=kept)
+    return with_tasks(config, tasks) if tasks else config
+
+
+def with_tasks(config: CompareConfig, tasks: Sequence[str]) -> CompareConfig:
+    """The part of a comparison that is about some tasks, without optimizers that have none left."""
+    return dataclasses.replace(
+        config,
+        tasks={name: task for name, task in config.tasks.items() if name in tasks},
+        optimizers={
+            name: dataclasses.replace(entrant, tasks=tuple(t for t in entrant.tasks if t in tasks))
+            for name, entrant in config.optimizers.items()
+            if not entrant.tasks or {*entrant.tasks} & {*tasks}
+        },
+    )
+
+
+def by_schedule(config: CompareConfig) -> Iterator[tuple[str, CompareConfig]]:
+    """Yields the part of a comparison under every schedule, with the name of the schedule."""
+    for schedule in dict.fromkeys(task.schedule for task in config.tasks.values()):
+        names = [name for name, task in config.tasks.items() if task.schedule == schedule]
+        yield schedule, with_tasks(config, names)
 
 
 def under_each_schedule(config: CompareConfig) -> CompareConfig:
