@@ -21,11 +21,13 @@ Growth needs evidence. With the progress r_i of the past steps, which is 1 for a
 power p_i of their directions, which is 1 under white noise, and their noise n_i in [0, 1] (all in
 ``_walk.py``), and with A in [0, 1] for how far the user's schedule will still fall,
 
-    limit_i     = min(0.05, 20 / t) * clip(p_i / 2, 1, 4)
+    limit_i     = min(0.05, 20 / t) * clip(p_i / 2, 1, 4) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(r_i - 1/2, 0, 1)
-    fall_i      = min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1))
+    fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
+                      min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1)))
 
-The limit is higher too where a step is tiny beside the weights that it changes.
+The limit is higher too where a step is tiny beside the weights that it changes. A rate that is
+clearly too high, s near -1, falls at full speed.
 
 A rate that will be annealed may grow where s is a little below 0. At that point the steep
 directions want shorter steps and the flat ones still longer steps, and the schedule shortens the
@@ -78,8 +80,8 @@ GROWTH, RAMP, POWERFUL, STEEPEST = 0.05, 20.0, 2.0, 4.0
 SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
 # Rates grow while s is above -TOLERANCE, where nothing speaks against it.
 TOLERANCE = 0.3
-# Rates without progress fall as t ** -FALL.
-FALL = 3.0
+# Rates without progress fall as t ** -FALL, and at full speed where s is near -1.
+FALL, RETREAT_BELOW = 3.0, -0.75
 # Where a gradient opposes the past steps by this many times its root mean square, the rate is
 # divided by SURPRISE.
 SURPRISE = 10.0
@@ -98,6 +100,11 @@ def log_concentration_gradient(draw: Draw, h: jax.Array) -> jax.Array:
     return derivative * (h - share * jnp.sum(h))
 
 
+def confined(context: Context) -> jax.Array:
+    """How clearly the past steps undo one another, ``[K]`` in [0, 1]."""
+    return jnp.clip(1 - 2 * context.progress, 0.0, 1.0)
+
+
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
     limit = jnp.minimum(GROWTH, RAMP / (1 + f32(context.num)))
@@ -107,7 +114,8 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
     rms = jnp.where(positive, weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
     limit *= jnp.clip(context.power / POWERFUL, 1.0, STEEPEST)
-    return jnp.minimum(limit * jnp.maximum(SMALL_STEP * rms / rate, 1.0), FAST_GROWTH)
+    limit *= jnp.maximum(SMALL_STEP * rms / rate, 1.0)
+    return jnp.minimum(limit, FAST_GROWTH) * (1 - confined(context))
 
 
 def tolerance(context: Context) -> jax.Array:
@@ -116,12 +124,12 @@ def tolerance(context: Context) -> jax.Array:
     return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
 
 
-def fall(context: Context) -> jax.Array:
-    """How far the log concentrations fall in this update for want of progress, ``[K]``."""
+def fall(s: jax.Array, context: Context) -> jax.Array:
+    """How far the log concentrations fall in this update, ``[K]``."""
     astray = noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
-    confined = jnp.clip(1 - 2 * context.progress, 0.0, 1.0)
     limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
-    return limit * jnp.maximum(astray, confined)
+    retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
+    return jnp.maximum(GROWTH * retreat, limit * jnp.maximum(astray, confined(context)))
 
 
 def dart_rule(
@@ -156,7 +164,7 @@ def dart_rule(
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
         grow = jnp.clip(jnp.minimum(s, s_long) + tolerance(context), 0.0, 1.0)
-        change = growth_limit(rate, context) * grow - fall(context)
+        change = growth_limit(rate, context) * grow - fall(s, context)
         usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)

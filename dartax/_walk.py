@@ -77,11 +77,17 @@ class Walk(NamedTuple):
 
 def no_walk(inner: optax.GradientTransformation, params: PyTree, num_blocks: int) -> Walk:
     """The walk before the first step."""
-    known = getattr(inner.update, "white_noise", None) or measure(inner, params)
+    known = white_noise(inner, params)
     # One buffer for each field: a donated state must not hold an array twice.
     zeros = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
     scalars = WhiteNoise(*(jnp.array(value, jnp.float32) for value in known))
     return Walk(zeros(), zeros(), zeros(), scalars)
+
+
+def white_noise(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
+    """What ``inner`` makes of white noise: known, or measured."""
+    known = getattr(inner.update, "white_noise", None)
+    return measure(inner, params) if known is None else WhiteNoise(*known)
 
 
 def progress(walk: Walk, length: jax.Array) -> jax.Array:

@@ -164,11 +164,12 @@ def dart(
                 progress, power = evidence(i, t)
                 noise = min(power, 1 / power) ** 2 if power > 0 else 0.0
                 limit = min(0.05, 20.0 / (1 + t)) * max(1e-2 * rms[i] / rate[i], 1)
-                limit = min(limit * np.clip(power / 2, 1, 4), 0.5)
+                limit = min(limit * np.clip(power / 2, 1, 4), 0.5) * np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(progress - 0.5, 0, 1)
                 astray, confined = noise * np.clip(2 - progress, 0, 1), max(1 - 2 * progress, 0)
                 change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
-                change -= min(0.05, 3.0 / (1 + t)) * max(astray, confined)
+                retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
+                change -= max(retreat, min(0.05, 3.0 / (1 + t)) * max(astray, confined))
                 if usual[i] > 0 and grad[i] > 10 * usual[i]:
                     change = -np.log(10)
                 a[i] *= np.exp(change)

@@ -89,6 +89,7 @@ def test_directions_fit_into_float16(name):
         chex.assert_tree_all_finite((direction, state))
 
 
+@pytest.mark.usefixtures("all_measured")
 @every_pair
 @pytest.mark.parametrize("options", [{"memory_decay": 0.0}, {"weight_decay": 0.1}], ids=str)
 def test_dart_around_either_is_the_same(name, options):

@@ -146,7 +146,7 @@ def test_elements_of_one_tensor_learn_apart():
 
     tensor, _ = jax.jit(functools.partial(loss, "tensor"))()
     element, rates = jax.jit(functools.partial(loss, "element"))()
-    assert element < 0.5 * tensor
+    assert element < 0.7 * tensor
     assert shares_of(rates)[1] < min(shares_of(rates)[0], shares_of(rates)[2])
 
 
@@ -164,6 +164,7 @@ def test_a_skipped_step_leaves_the_shares():
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.usefixtures("all_measured")
 def test_any_inner_transform_is_shared_out():
     """Around optax's own Adam, whose last direction has to be kept, all is as around ours."""
     make = functools.partial(dartax.dart, blocks="channel", weight_decay=0.1, init_rate=1e-3)
