@@ -101,7 +101,7 @@ def test_a_budget_that_is_too_small():
 
 def test_a_least_rate_that_is_too_high():
     optimizer = dartax.dart(min_rate=1e-2, init_rate=0.1, inner=SGD)
-    (early, _), (late, rates) = history(optimizer, quadratic(150.0, 250.0), [8, 25])
+    (early, _), (late, rates) = history(optimizer, quadratic(150.0, 250.0), [8, 45])
     assert early == {"a": "shrinking", "b": "shrinking"}
     assert late == {"a": "pinned at min", "b": "pinned at min"}
     assert 1e-2 < rates["a"] < 1.05e-2

@@ -110,7 +110,7 @@ def moving_target(config: TaskConfig) -> Task:
     def batches(key):
         walk_key, start_key, batch_key = jax.random.split(key, 3)
         moves = config.drift * jax.random.normal(walk_key, (config.steps, features))
-        path = jax.random.normal(start_key, (features,)) + jnp.cumsum(moves, axis=0)
+        path = jax.random.normal(start_key, (1, features)) + jnp.cumsum(moves, axis=0)
         return path, jax.random.split(batch_key, config.steps)
 
     def train_loss(params, data, batch):

@@ -69,6 +69,17 @@ class Task(NamedTuple):
 
 
 _ONLY_FOR = {
+    "dtype": (
+        "digits",
+        "mnist",
+        "autoencoder",
+        "cifar_convnet",
+        "cifar_resnet",
+        "shakespeare",
+        "friedman",
+        "burgers",
+        "quadratic",
+    ),
     "examples": ("digits", "mnist", "fine_tuning"),
     "label_noise": ("digits", "mnist"),
     "privacy_noise": ("digits", "mnist"),
