@@ -22,7 +22,7 @@ power p_i of their directions, which is 1 under white noise, and their noise n_i
 ``_walk.py``), and with A in [0, 1] for how far the user's schedule will still fall,
 
     limit_i     = min(0.05, 20 / t) * clip(p_i / 2, 1, 4) * clip(2 r_i, 0, 1)
-    tolerance_i = 0.3 * A * (1 - n_i) * clip(r_i - 1/2, 0, 1)
+    tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1)))
 
@@ -120,7 +120,7 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
 
 def tolerance(context: Context) -> jax.Array:
     """How far s may be below 0 while the rates still grow, ``[K]``."""
-    evidence = jnp.clip(context.progress - 0.5, 0.0, 1.0)
+    evidence = jnp.clip(2 * context.progress - 1, 0.0, 1.0)
     return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
 
 

@@ -162,10 +162,10 @@ def dart(
             annealing = 1 - multiplier(2**30) / multiplier(t) if multiplier(t) > 0 else 0.0
             for i in range(K):
                 progress, power = evidence(i, t)
-                noise = min(power, 1 / power) ** 2 if power > 0 else 0.0
+                noise = min(power, 1 / power) ** 3 if power > 0 else 0.0
                 limit = min(0.05, 20.0 / (1 + t)) * max(1e-2 * rms[i] / rate[i], 1)
                 limit = min(limit * np.clip(power / 2, 1, 4), 0.5) * np.clip(2 * progress, 0, 1)
-                tolerance = 0.3 * annealing * (1 - noise) * np.clip(progress - 0.5, 0, 1)
+                tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
                 astray, confined = noise * np.clip(2 - progress, 0, 1), max(1 - 2 * progress, 0)
                 change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
