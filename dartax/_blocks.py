@@ -75,8 +75,8 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def check_trees(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> None:
-    """Raises unless trees have the structure and shapes of the parameters given to ``init``.
+def checked_updates(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> PyTree:
+    """The ``updates`` as JAX arrays; the trees must be like the parameters given to ``init``.
 
     Args:
       trees: Arguments by name: ``updates``, and others, which may be ``None``.
@@ -86,6 +86,7 @@ def check_trees(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) 
     for name, tree in trees.items():
         if tree is not None or name == "updates":
             _check_tree(name, tree, memory, memory_shape)
+    return jax.tree.map(jnp.asarray, trees["updates"])
 
 
 def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes) -> None:

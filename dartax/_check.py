@@ -66,6 +66,16 @@ def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
         )
 
 
+def rates(init_rate: Any, min_rate: Any, rate_budget: Any) -> None:
+    """Checks ``0 <= min_rate < init_rate < rate_budget``."""
+    positive = lambda v: v > 0  # noqa: E731
+    number("init_rate", init_rate, "a positive number", positive, "1e-5 is usual")
+    number("rate_budget", rate_budget, "a positive number", positive, "1.0 is usual")
+    number("min_rate", min_rate, "a non-negative number", lambda v: v >= 0, "pass 0.0")
+    below("init_rate", init_rate, "rate_budget", rate_budget)
+    below("min_rate", min_rate, "init_rate", init_rate)
+
+
 def first_rate(
     init_rate: Any,
     min_rate: Any,

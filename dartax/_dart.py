@@ -48,20 +48,10 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
+from dartax._averages import Number, debias, f32, moving_average
 from dartax._blocks import Labels
 from dartax._fused._fusable import with_decayed_weights
-from dartax._transform import (
-    Context,
-    Draw,
-    Implementation,
-    Moments,
-    Number,
-    Rule,
-    debias,
-    f32,
-    moving_average,
-    scale_by_dirichlet,
-)
+from dartax._transform import Context, Draw, Implementation, Moments, Rule, scale_by_dirichlet
 from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
@@ -268,12 +258,7 @@ def scale_by_dart(
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
-    positive = lambda v: v > 0  # noqa: E731
-    _check.number("init_rate", init_rate, "a positive number", positive, "1e-5 is usual")
-    _check.number("rate_budget", rate_budget, "a positive number", positive, "1.0 is usual")
-    _check.number("min_rate", min_rate, "a non-negative number", lambda v: v >= 0, "pass 0.0")
-    _check.below("init_rate", init_rate, "rate_budget", rate_budget)
-    _check.below("min_rate", min_rate, "init_rate", init_rate)
+    _check.rates(init_rate, min_rate, rate_budget)
     _check.number(
         "concentration",
         concentration,

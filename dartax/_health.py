@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dartax import _dart, _paper_dart, dirichlet
+from dartax._averages import debias
 from dartax._block_values import (
     block_concentrations,
     expected_rates,
@@ -20,7 +21,6 @@ from dartax._block_values import (
     used_rates,
 )
 from dartax._state import ScaleByDartState
-from dartax._transform import debias
 
 # A block is pinned at an end of the rates when it is this close to it, relatively.
 NEAR = 0.05

@@ -31,23 +31,25 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
+from dartax._averages import Number, debias, f32, moving_average
 from dartax._blocks import Labels
+from dartax._draw import Draw
 from dartax._fused._fusable import with_decayed_weights
-from dartax._transform import (
-    Implementation,
-    Number,
-    Rule,
-    concentration_gradient,
-    debias,
-    f32,
-    moving_average,
-    scale_by_dirichlet,
-)
+from dartax._transform import Implementation, Rule, scale_by_dirichlet
 
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0
 # The published decays of the two moments.
 B1, B2 = 0.9, 0.999
+
+
+def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
+    """dL/dconcentration through the draw, over the budget, from h = dL/drate; ``[C]`` each.
+
+    dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
+    """
+    derivative = draw.log_derivative / concentration
+    return derivative * draw.share * (h - jnp.dot(draw.share, h))
 
 
 def paper_rule(

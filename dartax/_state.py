@@ -7,22 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax._blocks import PyTree
+from dartax._draw import Draw
 from dartax._walk import Walk
 
 # Layout of the state below.
 VERSION = 9
-
-
-class Draw(NamedTuple):
-    """What learning from a draw needs of it.
-
-    Attributes:
-      share: pi, the point of the simplex, float32 ``[C]``.
-      log_derivative: d log gamma_j / d log concentration_j, float32 ``[C]``.
-    """
-
-    share: jax.Array
-    log_derivative: jax.Array
 
 
 class Moments(NamedTuple):

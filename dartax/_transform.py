@@ -25,17 +25,15 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from dartax import _blocks, _check, _fused, _plain, _walk, random
+from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
-from dartax._state import VERSION, Draw, Moments, ScaleByDartState, check_state, next_key
+from dartax._draw import Draw, draw_shares
+from dartax._schedule import annealing
+from dartax._state import VERSION, Moments, ScaleByDartState, check_state, next_key
 
-# An update by which every schedule has ended.
-THE_END = 2**30
-
-Number = jax.Array | float
 Implementation = Literal["fused", "plain"]
 
 
@@ -78,52 +76,18 @@ class Rule(NamedTuple):
     of_log: bool
 
 
-def f32(value: Any) -> Any:
-    """``value`` in strongly typed float32; a Python number as a NumPy scalar."""
-    return np.float32(value) if _check.is_number(value) else jnp.asarray(value, jnp.float32)
-
-
-def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.Array:
-    """One step of an exponential moving average."""
-    decay = f32(decay)
-    return decay * average + (1 - decay) * value
-
-
-def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
-    """Corrects an average of ``num`` values for the zero that it started from."""
-    return average / (1 - f32(decay) ** f32(jnp.maximum(num, 1)))
-
-
-def draw_shares(words: jax.Array, concentration: jax.Array) -> Draw:
-    """One draw from the Dirichlet, in log space, with its implicit derivative.
-
-    Args:
-      words: Random bits, uint32 ``[2, C]``.
-      concentration: ``[C]``.
-    """
-    log_gamma = random.loggamma_from_words(words, concentration)
-    return Draw(
-        share=jax.nn.softmax(log_gamma),
-        log_derivative=random.log_derivative(log_gamma, concentration),
+def context_of(
+    state: ScaleByDartState, length: jax.Array, learning_rate: optax.ScalarOrSchedule
+) -> Context:
+    """What the rule may know; ``length`` is the squared length of the memory, ``[K]``."""
+    num = state.count - state.skipped
+    return Context(
+        num=num,
+        weight_rms=state.weight_rms,
+        progress=_walk.progress(state.walk, length),
+        power=_walk.power(state.walk, num),
+        annealing=annealing(learning_rate, state.count),
     )
-
-
-def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
-    """dL/dconcentration through the draw, over the budget, from h = dL/drate; ``[C]`` each.
-
-    dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
-    """
-    derivative = draw.log_derivative / concentration
-    return derivative * draw.share * (h - jnp.dot(draw.share, h))
-
-
-def annealing(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """What part of its value the schedule will lose until its end, in [0, 1]; 0 of a number."""
-    if not callable(learning_rate):
-        return jnp.zeros([], jnp.float32)
-    now, late = f32(learning_rate(count)), f32(learning_rate(THE_END))
-    part = 1 - late / jnp.where(now > 0, now, 1.0)
-    return jnp.where(late < now, jnp.clip(part, 0.0, 1.0), 0.0)  # a comparison: NaN gives 0
 
 
 def scale_by_dirichlet(
@@ -198,8 +162,7 @@ def scale_by_dirichlet(
         check_state(state)
         blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.last_rates)
         given = {"updates": updates, "params": params, "grad": grad}
-        _blocks.check_trees(given, state.step_memory, arithmetic.memory_shape)
-        updates = jax.tree.map(jnp.asarray, updates)
+        updates = _blocks.checked_updates(given, state.step_memory, arithmetic.memory_shape)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
         h, length, sound = arithmetic.judge(updates, state.step_memory, blocks)
@@ -210,11 +173,7 @@ def scale_by_dirichlet(
             sound &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        num = state.count - state.skipped
-        context = Context(
-            num=num, weight_rms=state.weight_rms, annealing=annealing(learning_rate, state.count),
-            progress=_walk.progress(state.walk, length), power=_walk.power(state.walk, num),
-        )  # fmt: skip
+        context = context_of(state, length, learning_rate)
         concentration, moments, keep = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )

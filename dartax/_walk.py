@@ -115,7 +115,7 @@ def noise(power: jax.Array) -> jax.Array:
 
 
 def advance(
-    walk: Walk, keep: jax.Array, weights: jax.Array, squares: jax.Array, sizes: jax.Array
+    walk: Walk, keep: jax.Array, weights: jax.Array, squares: jax.Array, sizes: Any
 ) -> Walk:
     """The walk after a step; all arguments ``[K]``.
 

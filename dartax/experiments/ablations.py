@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _dart
-from dartax._transform import Draw, Moments, Number, Rule, debias, f32, scale_by_dirichlet
+from dartax._averages import Number, debias, f32
+from dartax._draw import Draw
+from dartax._transform import Moments, Rule, scale_by_dirichlet
 from dartax.inner import adam
 
 

@@ -75,7 +75,7 @@ class CompareConfig:
     """Number of runs that are vmapped together."""
     target: str = "adamw"
     """Tuned optimizer to compare the others with."""
-    schedules: tuple[str, ...] = ()
+    schedules: tuple[Literal["constant", "linear", "cosine"], ...] = ()
     """If given, each task is run under each of these schedules, and named after both."""
     tasks: dict[str, TaskConfig] = dataclasses.field(default_factory=dict)
     """Tasks by name."""

@@ -160,11 +160,10 @@ def shakespeare_words(size: int) -> Text:
     """
     raw = _shakespeare().lower()
     cut = len(raw) * 9 // 10
-    train, test = (re.findall(rb"[a-z']+", part) for part in (raw[:cut], raw[cut:]))
-    number = {word: i for i, (word, _) in enumerate(Counter(train).most_common(size))}
+    words = [re.findall(rb"[a-z']+", part) for part in (raw[:cut], raw[cut:])]
+    number = {word: i for i, (word, _) in enumerate(Counter(words[0]).most_common(size))}
     train, test = (
-        np.array([number[word] for word in part if word in number], np.int32)
-        for part in (train, test)
+        np.array([number[word] for word in part if word in number], np.int32) for part in words
     )
     return Text(train, test, len(number))
 

@@ -159,7 +159,8 @@ def vae(config: TaskConfig) -> Task:
 
     def loss(params, x, key):
         noise = jax.random.normal(key, (len(x), codes))
-        logits, mean, log_std = model.apply({"params": params}, x, noise)
+        outputs: Any = model.apply({"params": params}, x, noise)
+        logits, mean, log_std = outputs
         likelihood = jnp.sum(optax.sigmoid_binary_cross_entropy(logits, x), axis=-1)
         divergence = jnp.sum((jnp.exp(2 * log_std) + mean**2 - 1) / 2 - log_std, axis=-1)
         return jnp.mean(likelihood + divergence)
@@ -317,7 +318,11 @@ def _pretrained(model: MLP, dataset: data_lib.Dataset) -> PyTree:
         def step(carry, key):
             params, state = carry
             index = jax.random.randint(key, (128,), 0, len(x))
-            loss = lambda p: cross_entropy(model.apply({"params": p}, x[index]), y[index])  # noqa: E731
+
+            def loss(params):
+                outputs: Any = model.apply({"params": params}, x[index])
+                return cross_entropy(outputs, y[index])
+
             updates, state = optimizer.update(jax.grad(loss)(params), state)
             return (optax.apply_updates(params, updates), state), None
 
