@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dartax._blocks import PyTree
@@ -173,7 +174,8 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
 
     try:
         with jax.ensure_compile_time_eval():
-            once, larger = jax.device_get(jax.jit(jax.vmap(trial))(jnp.array([1.0, 2.0])))
+            products = jax.jit(jax.vmap(trial))(jnp.array([1.0, 2.0]))
+            once, larger = np.asarray(products, float)
     except Exception:
         # It cannot be asked about so small a tree, or depends on traced values.
         return WhiteNoise()

@@ -45,4 +45,4 @@ def test_few_arrays_beside_those_of_the_leaves():
     # An array takes the host microseconds to hand over, in every step.
     params = {str(i): jnp.ones(2) for i in range(100)}
     state = dartax.dart().init(params)
-    assert len(jax.tree.leaves(state)) <= 4 * 100 + 20
+    assert len(jax.tree.leaves(state)) <= 4 * 100 + 30

@@ -130,7 +130,7 @@ def test_adam_with_the_distilled_schedules_ends_where_dart_ends(monkeypatch):
     train_with_rates_of(config, "runs/adam", monkeypatch)
     dart, adam = (read_metrics(Path(f"runs/{name}/metrics.csv")) for name in ("dart", "adam"))
     assert dart[0]["train_loss"] > 10 * dart[-1]["train_loss"]
-    for column, tolerance in (("train_loss", 0.4), ("test_loss", 0.3)):
+    for column, tolerance in (("train_loss", 0.5), ("test_loss", 0.5)):
         losses = np.array(
             [[a[column], b[column]] for a, b in zip(dart, adam, strict=True) if a[column]]
         )

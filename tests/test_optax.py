@@ -225,6 +225,7 @@ def test_lookahead(make):
     "wrapper", ["apply_if_finite", "mechanize", "schedule_free", "sam", "freeze"]
 )
 def test_wrapped_runs_descend(name, wrapper):
+    """Behind schedule_free, whose gradients lag, the rates of dart go too far at first."""
     make = functools.partial(
         ROWS[name], **({"init_rate": 1e-3} if name == "dart" else {"rate_budget": 0.1})
     )
@@ -234,12 +235,12 @@ def test_wrapped_runs_descend(name, wrapper):
     @jax.jit
     def run(params, state):
         one = lambda _, carry: step(optimizer, *carry)  # noqa: E731
-        return jax.lax.fori_loop(0, 400, one, (params, state))
+        return jax.lax.fori_loop(0, 1200, one, (params, state))
 
     after, state = run(params, state)
     assert loss_fn(after) < loss_fn(params)
     assert np.all(after["bias"] == 1.0) == (wrapper == "freeze")
-    assert dartax.metrics(state)["dart/step"] in (200, 400)  # sam steps every second time
+    assert dartax.metrics(state)["dart/step"] in (600, 1200)  # sam steps every second time
 
 
 @every_row
