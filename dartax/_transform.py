@@ -145,7 +145,8 @@ def scale_by_dirichlet(
             block_index=_blocks.block_index(of_leaf),
             concentration=concentration,
             moments=Moments(*(per_block() for _ in Moments._fields)),
-            walk=_walk.no_walk(inner, params, num_blocks),
+            # (The published rule does not look at it: nothing to measure.)
+            walk=_walk.no_walk(inner if rule.of_log else None, params, num_blocks),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),

@@ -76,9 +76,9 @@ class Walk(NamedTuple):
     white_noise: WhiteNoise
 
 
-def no_walk(inner: optax.GradientTransformation, params: PyTree, num_blocks: int) -> Walk:
-    """The walk before the first step."""
-    known = white_noise(inner, params)
+def no_walk(inner: optax.GradientTransformation | None, params: PyTree, num_blocks: int) -> Walk:
+    """The walk before the first step; nothing is known of the inner transform ``None``."""
+    known = WhiteNoise() if inner is None else white_noise(inner, params)
     # One buffer for each field: a donated state must not hold an array twice.
     zeros = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
     scalars = WhiteNoise(*(jnp.array(value, jnp.float32) for value in known))
