@@ -27,6 +27,7 @@ Without a fixed size nothing is known of the noise, and it is taken to be 0. a, 
 the inner transform under white noise. It is run on some at ``init``, unless it knows them.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -152,29 +153,31 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
         return WhiteNoise()
     width = -(-TRIAL_SIZE // len(leaves))
     shapes = [(1,) * (jnp.ndim(leaf) - 1) + (width,) * min(jnp.ndim(leaf), 1) for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    # Of NumPy, for a program that draws it would take a second more to compile.
+    noise = np.random.default_rng(0).standard_normal((1 + SETTLING + TRIAL_STEPS, ends[-1]))
     inner = optax.with_extra_args_support(inner)
 
-    def small(key: jax.Array) -> PyTree:
-        rows = zip(jax.random.split(key, len(leaves)), shapes, leaves, strict=True)
-        noise = [jax.random.normal(k, s).astype(jnp.result_type(leaf)) for k, s, leaf in rows]
-        return jax.tree.unflatten(structure, noise)
+    def tree_of(numbers: jax.Array) -> PyTree:
+        rows = zip(jnp.split(numbers, ends[:-1]), shapes, leaves, strict=True)
+        small = [part.reshape(shape).astype(jnp.result_type(leaf)) for part, shape, leaf in rows]
+        return jax.tree.unflatten(structure, small)
 
-    def trial(scale: jax.Array) -> jax.Array:
-        start = small(jax.random.key(0))
+    def trial(scale: jax.Array, noise: jax.Array) -> jax.Array:
+        start = tree_of(noise[0])
 
-        def step(state: Any, key: jax.Array) -> Any:
-            gradient = jax.tree.map(lambda g: (scale * g).astype(g.dtype), small(key))
-            direction, state = inner.update(gradient, state, start)
+        def step(state: Any, numbers: jax.Array) -> Any:
+            direction, state = inner.update(tree_of(scale * numbers), state, start)
             flat = [jnp.asarray(u, jnp.float32).ravel() for u in jax.tree.leaves(direction)]
             return state, jnp.concatenate(flat)
 
-        keys = jax.random.split(jax.random.key(1), SETTLING + TRIAL_STEPS)
-        u = jax.lax.scan(step, inner.init(start), keys)[1][SETTLING:]
+        u = jax.lax.scan(step, inner.init(start), noise[1:])[1][SETTLING:]
         return jnp.stack([jnp.mean(u[: TRIAL_STEPS - n] * u[n:]) for n in (0, *DISTANCES)])
 
     try:
         with jax.ensure_compile_time_eval():
-            products = jax.jit(jax.vmap(trial))(jnp.array([1.0, 2.0]))
+            trials = jax.jit(jax.vmap(trial, in_axes=(0, None)))
+            products = trials(jnp.array([1.0, 2.0]), jnp.asarray(noise, jnp.float32))
             once, larger = np.asarray(products, float)
     except Exception:
         # It cannot be asked about so small a tree, or depends on traced values.
