@@ -21,7 +21,7 @@ an average of noise is small. Gradients that agree give more, and gradients that
 valley cancel, and give less:
 
     power_i = (mean square of u_i, averaged over about 20 updates) / p
-    noise_i = min(power_i, 1 / power_i)^3
+    noise_i = min(power_i, 1 / power_i)^6
 
 Without a fixed size nothing is known of the noise, and it is taken to be 0. a, c and p are those of
 the inner transform under white noise. It is run on some at ``init``, unless it knows them.
@@ -113,7 +113,7 @@ def noise(power: jax.Array) -> jax.Array:
     """How much directions of this power look like those of white noise, in [0, 1]."""
     positive = power > 0
     inverse = 1 / jnp.where(positive, power, 1.0)
-    return jnp.where(positive, jnp.minimum(power, inverse), 0.0) ** 3
+    return jnp.where(positive, jnp.minimum(power, inverse), 0.0) ** 6
 
 
 def advance(

@@ -162,7 +162,7 @@ def dart(
             annealing = 1 - multiplier(2**30) / multiplier(t) if multiplier(t) > 0 else 0.0
             for i in range(K):
                 progress, power = evidence(i, t)
-                noise = min(power, 1 / power) ** 3 if power > 0 else 0.0
+                noise = min(power, 1 / power) ** 6 if power > 0 else 0.0
                 limit = min(0.05, 20.0 / (1 + t)) * max(1e-2 * rms[i] / rate[i], 1)
                 limit = min(limit * np.clip(power / 2, 1, 4), 0.5) * np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)

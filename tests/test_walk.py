@@ -88,7 +88,7 @@ def test_a_free_walk_has_a_progress_of_one(rate):
     progress, power = run(lambda x, key: jax.random.normal(key, x.shape), rate=rate)
     assert progress == pytest.approx(1.0, abs=0.12)
     assert power == pytest.approx(1.0, abs=0.1)
-    assert _walk.noise(power) > 0.7
+    assert _walk.noise(power) > 0.5
 
 
 def test_steps_that_agree_have_more_progress_and_power():
