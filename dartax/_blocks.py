@@ -25,11 +25,13 @@ class Blocks(NamedTuple):
       num_blocks: K.
       index: The same numbers as n uint32 scalars of the state: arguments of a compiled program.
         Without leaves one array without elements.
+      phase: By how many rows the samples of the blocks' large tensors have moved on, int32 ``[K]``.
     """
 
     of_leaf: tuple[int, ...]
     num_blocks: int
     index: Any
+    phase: jax.Array
 
     def sizes(self, tree: PyTree) -> np.ndarray:
         """How many elements of ``tree``, a tree with these leaves, every block has, ``[K]``."""
@@ -169,15 +171,15 @@ def block_index(of_leaf: tuple[int, ...]) -> Any:
     return tuple(jnp.asarray(i, jnp.uint32) for i in of_leaf) or jnp.zeros(0, jnp.uint32)
 
 
-def blocks_of(params: PyTree, labels: Labels, index: Any, per_block: jax.Array) -> Blocks:
-    """The blocks of a state with :func:`block_index` ``index`` and values ``per_block``, ``[K]``.
+def blocks_of(params: PyTree, labels: Labels, index: Any, phase: jax.Array) -> Blocks:
+    """The blocks of a state with :func:`block_index` ``index`` and ``phase``, ``[K]``.
 
     Raises:
       ValueError: If it was made for other blocks than ``labels`` gives. Of a traced state, inside
         ``jax.jit``, only their number can be read.
     """
     of_leaf, num_blocks = number_blocks(params, labels)
-    kept = per_block.shape[0]
+    kept = phase.shape[0]
     other = f"{num_blocks} blocks instead of {kept}" if num_blocks != kept else ""
     if not other and not any(isinstance(i, jax.core.Tracer) for i in index):
         differ = sum(np.any(np.asarray(i) != n) for i, n in zip(index, of_leaf, strict=True))
@@ -187,7 +189,7 @@ def blocks_of(params: PyTree, labels: Labels, index: Any, per_block: jax.Array) 
             f"blocks must be those that the state was made for, got {other}; build the optimizer "
             "as it was then, or call init again."
         )
-    return Blocks(of_leaf, num_blocks, index)
+    return Blocks(of_leaf, num_blocks, index, phase)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

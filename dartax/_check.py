@@ -69,7 +69,7 @@ def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
 def rates(init_rate: Any, min_rate: Any, rate_budget: Any) -> None:
     """Checks ``0 <= min_rate < init_rate < rate_budget``."""
     positive = lambda v: v > 0  # noqa: E731
-    number("init_rate", init_rate, "a positive number", positive, "1e-5 is usual")
+    number("init_rate", init_rate, "a positive number", positive, "1e-4 is usual")
     number("rate_budget", rate_budget, "a positive number", positive, "1.0 is usual")
     number("min_rate", min_rate, "a non-negative number", lambda v: v >= 0, "pass 0.0")
     below("init_rate", init_rate, "rate_budget", rate_budget)
@@ -128,14 +128,14 @@ def scalar(name: str, value: Any, fix: str) -> Any:
     return value
 
 
-def mask(value: Any) -> None:
+def mask(value: Any, name: str = "mask") -> None:
     """Checks a tree of bools, or a function that gives one."""
     if callable(value):
         return
     for leaf in jax.tree.leaves(value):
         if np.asarray(leaf).dtype.kind != "b":
             raise TypeError(
-                "mask must be a tree of bools, or a function from params to one, got the leaf "
+                f"{name} must be a tree of bools, or a function from params to one, got the leaf "
                 f"{leaf!r}; pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params)."
             )
 

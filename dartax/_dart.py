@@ -17,16 +17,18 @@ where s_long is the same over a longer window. Then all concentrations, the slac
 multiplied by one number. That leaves the mean rates alone, and makes the smallest one of a block
 equal ``concentration``.
 
-Growth needs evidence. With the progress r_i of the past steps, which is 1 for a walk at random, the
-power p_i of their directions, which is 1 under white noise, and their noise n_i in [0, 1] (all in
-``_walk.py``), and with A in [0, 1] for how far the user's schedule will still fall,
+Growth needs evidence. Let t be the number of hypergradients so far, f_t the value of the user's
+schedule, T its length where it has an end, and A in [0, 1] the part of f_t that it will still lose
+(``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a walk at random, and
+n_i in [0, 1] the noise of their directions (``_walk.py``). Then
 
-    limit_i     = min(0.05, 20 / t) * clip(p_i / 2, 1, 4) * clip(2 r_i, 0, 1)
+    limit_i     = min(max(0.05, 10 / T), 20 / t) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
-                      min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1)))
+                      min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1))
+                          - log(f_{t-1} / f_t))
 
-The limit is higher too where a step is tiny beside the weights that it changes. A rate that is
+The limit is also higher where a step is tiny beside the weights that it changes. A rate that is
 clearly too high, s near -1, falls at full speed.
 
 A rate that will be annealed may grow where s is a little below 0. At that point the steep
@@ -34,11 +36,12 @@ directions want shorter steps and the flat ones still longer steps, and the sche
 former later. On a noisy objective, though, a hypergradient always ends a little below 0
 (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), so
 there is no tolerance for noise. Where the steps follow noise, or undo one another, the rate falls
-as a power of 1 / t, as the optimal rates of noisy problems do.
+as a power of 1 / t, as the optimal rates of noisy problems do. What the schedule takes from it at
+that step counts towards the fall.
 
 Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
-diverge leave no time for averages. The past steps in h shrink by the same factor. Otherwise a few
-steps that went too far would make the rate shrink long after it was mended.
+diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
+factor. Otherwise steps that went too far would keep shrinking a rate that is already corrected.
 """
 
 from typing import Any
@@ -50,8 +53,9 @@ import optax
 from dartax import _check
 from dartax._averages import Number, debias, f32, moving_average
 from dartax._blocks import Labels
-from dartax._fused._fusable import with_decayed_weights
-from dartax._transform import Context, Draw, Implementation, Moments, Rule, scale_by_dirichlet
+from dartax._draw import Draw
+from dartax._state import Moments
+from dartax._transform import Context, Implementation, Rule, scale_by_dirichlet
 from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
@@ -61,13 +65,12 @@ from dartax.inner import adam
 # magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
 # The ramp, which is also the warm-up: rates change by at most GROWTH per update in log space, and
-# grow by at most RAMP / t later on. Where the directions have more than POWERFUL times the power of
-# white noise, the gradients agree, and the ramp is steeper in proportion, up to STEEPEST times.
-GROWTH, RAMP, POWERFUL, STEEPEST = 0.05, 20.0, 2.0, 4.0
-# It is also where a step with directions of size 1, such as Adam's, changes less than SMALL_STEP of
-# the weights. From a rate of 1e-8 the ramp begins in earnest after about 20 updates. It never grows
-# faster than by FAST_GROWTH.
-SMALL_STEP, FAST_GROWTH = 1e-2, 0.5
+# grow by at most RAMP / t later on. A run that its schedule shows to be short may grow by up to
+# SHORT_RUN in all.
+GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
+# The ramp is steeper while a step with directions of size 1, such as Adam's, changes less than
+# SMALL_STEP of the weights, up to FAST_GROWTH per update.
+SMALL_STEP, FAST_GROWTH = 2e-2, 0.5
 # Rates grow while s is above -TOLERANCE, where nothing speaks against it.
 TOLERANCE = 0.3
 # Rates without progress fall as t ** -FALL, and at full speed where s is near -1.
@@ -75,7 +78,8 @@ FALL, RETREAT_BELOW = 3.0, -0.75
 # Where a gradient opposes the past steps by this many times its root mean square, the rate is
 # divided by SURPRISE.
 SURPRISE = 10.0
-# The greatest concentration of a block is at most this many times the level of the draws.
+# The largest concentration of a block is at most this many times ``concentration``. Where it would
+# be larger, the smallest fall below ``concentration``.
 MAX_RATIO = 1e6
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
@@ -97,13 +101,14 @@ def confined(context: Context) -> jax.Array:
 
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
-    limit = jnp.minimum(GROWTH, RAMP / (1 + f32(context.num)))
+    steps = context.schedule_steps
+    growth = jnp.maximum(GROWTH, jnp.where(steps > 0, SHORT_RUN / jnp.maximum(steps, 1.0), 0.0))
+    limit = jnp.minimum(growth, RAMP / (1 + f32(context.num)))
     weight_rms = context.weight_rms
     # Blocks of vectors take the scale of the smallest matrices, if there are any.
     positive = weight_rms > 0
     smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
     rms = jnp.where(positive, weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
-    limit *= jnp.clip(context.power / POWERFUL, 1.0, STEEPEST)
     limit *= jnp.maximum(SMALL_STEP * rms / rate, 1.0)
     return jnp.minimum(limit, FAST_GROWTH) * (1 - confined(context))
 
@@ -118,8 +123,9 @@ def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     astray = noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
     limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
+    annealed = limit * jnp.maximum(astray, confined(context)) - context.schedule_fall
     retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
-    return jnp.maximum(GROWTH * retreat, limit * jnp.maximum(astray, confined(context)))
+    return jnp.maximum(GROWTH * retreat, annealed)
 
 
 def dart_rule(
@@ -171,7 +177,7 @@ def dart_rule(
         moments = Moments(mu, nu, trend, change)
         return moved, moments, jnp.minimum(factor, 1.0)
 
-    return Rule(init, learn, of_log=True)
+    return Rule(init, learn, of_log=True, uses_walk=True)
 
 
 OLD_NAMES = {
@@ -186,11 +192,13 @@ def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
     *,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    init_rate: Number = 1e-5,
+    init_rate: Number = 1e-4,
     min_rate: Number = 0.0,
     rate_budget: Number = 1.0,
     concentration: Number = 10.0,
     memory_decay: Number = 0.999,
+    weight_decay: Number = 0.0,
+    mask: Any = None,
     blocks: Labels = None,
     key: jax.Array | int = 0,
     memory_dtype: str = "float32",
@@ -220,6 +228,9 @@ def scale_by_dart(
         The relative standard deviation of a drawn rate is about ``concentration ** -0.5``.
       memory_decay: Decay of the memory of past steps that the next gradient is compared with, in
         [0, 1). 0 is the one-step hypergradient.
+      weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
+        learned rate of its block. The rates do not learn from it.
+      mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
         pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves
         with equal labels share one. ``"channel"`` or ``"element"``: one for every index of a leaf's
@@ -268,6 +279,8 @@ def scale_by_dart(
     )
     _check.decay("memory_decay", memory_decay)
     _check.floating_dtype("memory_dtype", memory_dtype)
+    _check.weight_decay(weight_decay)
+    _check.mask(mask)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
     inner = adam() if inner is None else inner
     if isinstance(blocks, str) and blocks in GRANULARITIES:
@@ -285,6 +298,8 @@ def scale_by_dart(
         labels=blocks,
         key=key,
         implementation=implementation,
+        weight_decay=weight_decay,
+        mask=mask,
     )
 
 
@@ -293,7 +308,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
     inner: optax.GradientTransformation | None = None,
-    init_rate: Number = 1e-5,
+    init_rate: Number = 1e-4,
     min_rate: Number = 0.0,
     rate_budget: Number = 1.0,
     concentration: Number = 10.0,
@@ -315,9 +330,6 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
         that falls also lets them grow further.
       inner: Gives the directions; ``None`` is Adam. See :func:`scale_by_dart` for this and all
         arguments that are not listed here.
-      weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
-        learned rate of its block.
-      mask: Tree of bools, or a function from params to one: where the decay applies.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose updates are to be added.
@@ -342,19 +354,17 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
       >>> bool(loss(params) < 0.05)
       True
     """
-    _check.transformation("inner", inner)
-    _check.weight_decay(weight_decay)
-    _check.mask(mask)
-    direction = adam() if inner is None else inner
     return optax.chain(
         scale_by_dart(
-            with_decayed_weights(direction, weight_decay, mask),
+            inner,
             learning_rate=learning_rate,
             init_rate=init_rate,
             min_rate=min_rate,
             rate_budget=rate_budget,
             concentration=concentration,
             memory_decay=memory_decay,
+            weight_decay=weight_decay,
+            mask=mask,
             blocks=blocks,
             key=key,
             memory_dtype=memory_dtype,

@@ -34,8 +34,7 @@ from dartax import _check
 from dartax._averages import Number, debias, f32, moving_average
 from dartax._blocks import Labels
 from dartax._draw import Draw
-from dartax._fused._fusable import with_decayed_weights
-from dartax._transform import Implementation, Rule, scale_by_dirichlet
+from dartax._transform import Implementation, Rule, decayed_weights, scale_by_dirichlet
 
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0
@@ -44,7 +43,7 @@ B1, B2 = 0.9, 0.999
 
 
 def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
-    """dL/dconcentration through the draw, over the budget, from h = dL/drate; ``[C]`` each.
+    """dL/dconcentration through the draw over lr_max - lr_min, from h = dL/drate; ``[C]`` each.
 
     dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
     """
@@ -66,7 +65,12 @@ def paper_rule(
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, moments._replace(hyper_mu=mu, hyper_nu=nu), jnp.ones_like(h)
 
-    return Rule(init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)), learn=learn, of_log=False)
+    return Rule(
+        init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)),
+        learn=learn,
+        of_log=False,
+        uses_walk=False,
+    )
 
 
 @_check.renamed(lr_min="min_rate", lr_max="rate_budget", alpha="concentration", betas="b1 and b2")
@@ -164,7 +168,7 @@ def paper_dart(
     _check.mask(mask)
     _check.blocks(blocks, ("tensor",))
     return optax.chain(
-        with_decayed_weights(optax.identity(), weight_decay, mask),
+        decayed_weights(weight_decay, mask),
         scale_by_dirichlet(
             paper_rule(concentration, rate_budget - min_rate, eta, b1, b2, eps),
             optax.identity(),

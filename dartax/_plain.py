@@ -1,15 +1,14 @@
 """The arithmetic of a step, as tree maps: read this to see what a step computes.
 
 ``implementation="plain"`` runs it. ``dartax/_fused`` computes the same in less time and memory,
-and the tests hold the two together. (``memory_shape`` and ``whole`` are there for its samples.) For
-every block i, with gradient g, direction u of the inner
-transform and memory z of the past steps:
+where the memory holds only a sample of each large tensor, and the tests hold the two together. For
+every block i, with gradient g, direction u of the inner transform and memory z of the past steps:
 
-    judge        h_i    = -< g_i, z_i >,  |z_i|^2            float32, over all leaves of the block
+    judge        h_i    = -< g_i, z_i >,  |z_i|^2,  |g_i|^2       over all leaves of the block
     directions   u_i    = what the inner transform makes of the gradient
     move         update = rate_i * u_i,     z_i <- keep_i * z_i + weight_i * u_i,    |u_i|^2
 
-Where ``finite`` is false the step is skipped: the inner state stays as it was, the direction is 0.
+A step that is not ``taken`` leaves the inner state as it was, and its direction is 0.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 
 
 def empty_memory(params: PyTree, dtype: Any, whole: bool = True) -> PyTree:
-    """The memory before the first step. It is always whole here."""
+    """The memory before the first step, whole; in ``_fused`` only if ``whole`` says so."""
     del whole
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
@@ -45,16 +44,13 @@ def random_words(
 def judge(
     gradient: PyTree, memory: PyTree, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Every block's hypergradient h, squared length of the memory, and whether its gradient counts.
-
-    It counts if it is finite, and its squared norm and h fit into float32. ``[K]`` each.
-    """
+    """Every block's hypergradient, and squared lengths of the memory and the gradient, ``[K]``."""
     g = [f32(leaf) for leaf in jax.tree.leaves(gradient)]
     z = [f32(leaf) for leaf in jax.tree.leaves(memory)]
     h = per_block([-jnp.sum(x * y) for x, y in zip(g, z, strict=True)], blocks)
     squares = per_block([jnp.sum(leaf**2) for leaf in g], blocks)
     lengths = per_block([jnp.sum(leaf**2) for leaf in z], blocks)
-    return h, lengths, jnp.isfinite(h) & jnp.isfinite(squares)
+    return h, lengths, squares
 
 
 def directions(
@@ -62,13 +58,20 @@ def directions(
     updates: PyTree,
     inner_state: PyTree,
     params: PyTree,
-    finite: jax.Array,
+    taken: jax.Array,
+    blocks: Blocks,
     **extra_args: Any,
-) -> tuple[PyTree, PyTree, PyTree]:
-    """The direction, the part of it that enters the memory (here all), and the new inner state."""
+) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
+    """The direction, the part of it that enters the memory (here all), and the new inner state.
+
+    Also whether the step is taken: not if it was to be skipped before, and not if the squared norm
+    of the direction of a block is not finite.
+    """
     direction, new_state = inner.update(updates, inner_state, params, **extra_args)
-    direction = select(finite, direction, jax.tree.map(jnp.zeros_like, direction))
-    return direction, direction, select(finite, new_state, inner_state)
+    squares = per_block([jnp.sum(f32(leaf) ** 2) for leaf in jax.tree.leaves(direction)], blocks)
+    taken &= jnp.all(jnp.isfinite(squares))
+    direction = select(taken, direction, jax.tree.map(jnp.zeros_like, direction))
+    return direction, direction, select(taken, new_state, inner_state), taken
 
 
 def move(
@@ -108,10 +111,10 @@ def accumulate(
     return jnp.clip(keep * f32(memory) + weight * f32(direction), -most, most).astype(memory.dtype)
 
 
-def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    """``new`` where the step counts, ``old`` where it is skipped, in the dtypes of ``old``."""
+def select(taken: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """``new`` where the step is taken, ``old`` where it is skipped, in the dtypes of ``old``."""
     like = lambda n, o: jnp.asarray(n, jnp.result_type(o))  # noqa: E731
-    return jax.tree.map(lambda n, o: jnp.where(finite, like(n, o), o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(taken, like(n, o), o), new, old)
 
 
 def per_block(of_leaves: Sequence[jax.Array] | jax.Array, blocks: Blocks) -> jax.Array:

@@ -1,17 +1,59 @@
-"""What the user's schedule is going to do."""
+"""What the user's schedule is going to do, read from it once, at ``init``."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-# An update by which every schedule has ended.
-THE_END = 2**30
+# Updates at which a schedule is looked at, eight in every octave: an end is found to 9 %.
+GRID = np.unique(np.round(2.0 ** np.arange(0.0, 30.1, 1 / 8)).astype(np.int32))
+# A schedule has ended where it stays this close to its last value, relative to its greatest.
+ENDED = 1e-3
 
 
-def annealing(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """What part of its value the schedule will lose until its end, in [0, 1]; 0 of a number."""
+class Ending(NamedTuple):
+    """How the user's schedule ends; float32 scalars.
+
+    Attributes:
+      steps: Updates after which it stays at one value; 0 if it has no end, as a number or a cyclic
+        schedule.
+      value: That value, or 0.
+    """
+
+    steps: Any
+    value: Any
+
+
+def ending(learning_rate: optax.ScalarOrSchedule) -> Ending:
+    """Looks ahead on a schedule."""
+    never = Ending(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
     if not callable(learning_rate):
-        return jnp.zeros([], jnp.float32)
-    now, late = (jnp.asarray(learning_rate(c), jnp.float32) for c in (count, THE_END))
-    part = 1 - late / jnp.where(now > 0, now, 1.0)
-    return jnp.where(late < now, jnp.clip(part, 0.0, 1.0), 0.0)  # a comparison: NaN gives 0
+        return never
+    try:
+        values = jnp.asarray(jax.vmap(learning_rate)(GRID), jnp.float32)
+    except Exception:
+        return never  # it takes only one count at a time
+    values = jnp.broadcast_to(values, GRID.shape)
+    moves = jnp.abs(values - values[-1]) > ENDED * jnp.max(jnp.abs(values))
+    last = jnp.max(jnp.where(moves, np.arange(len(GRID)), -1))
+    ends = (last >= 0) & (last < len(GRID) - 8)  # still moving in the last octave: no end
+    after = jnp.asarray(GRID)[jnp.minimum(last + 1, len(GRID) - 1)]
+    return Ending(jnp.where(ends, after.astype(jnp.float32), 0.0), jnp.where(ends, values[-1], 0.0))
+
+
+def annealing(end: Ending, multiplier: jax.Array) -> jax.Array:
+    """What part of its present value ``multiplier`` the schedule will lose until its end; [0, 1].
+
+    0 where it has no end.
+    """
+    falls = (end.steps > 0) & (end.value < multiplier)  # a comparison: NaN gives 0
+    return jnp.where(falls, 1 - end.value / jnp.where(falls, multiplier, 1.0), 0.0)
+
+
+def fallen(last: jax.Array, multiplier: jax.Array) -> jax.Array:
+    """How far the logarithm of the schedule fell from its ``last`` value; 0 where it rose."""
+    falls = (multiplier > 0) & (multiplier < last)
+    ratio = jnp.where(falls, last, 1.0) / jnp.where(falls, multiplier, 1.0)
+    return jnp.log(ratio)

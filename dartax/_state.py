@@ -8,21 +8,22 @@ import numpy as np
 
 from dartax._blocks import PyTree
 from dartax._draw import Draw
+from dartax._schedule import Ending
 from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 9
+VERSION = 10
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the blocks' concentrations, and what it did.
+    """Moving averages of the gradient with respect to the blocks' concentrations.
 
     Attributes:
       hyper_mu: First moment, float32 ``[K]``.
       hyper_nu: Second moment, float32 ``[K]``.
       hyper_trend: First moment over a longer window, float32 ``[K]``.
-      hyper_change: Last change of the log concentrations, float32 ``[K]``. ``dart`` then multiplies
-        all of them by one number. ``paper_dart`` leaves it and ``hyper_trend`` at 0.
+      hyper_change: Last change of the log concentrations, float32 ``[K]``, before the common factor
+        that leaves the mean rates alone. ``paper_dart`` leaves it and ``hyper_trend`` at 0.
     """
 
     hyper_mu: jax.Array
@@ -40,8 +41,8 @@ class ScaleByDartState(NamedTuple):
     Attributes:
       version: Layout of this state, int32.
       count: Number of updates, int32.
-      skipped: Number of updates that were skipped for a non-finite gradient, hypergradient, loss or
-        schedule, int32.
+      skipped: Number of updates that were skipped for a non-finite gradient, direction,
+        hypergradient, loss or schedule, int32.
       key: Raw threefry key data, uint32 ``[2]``. Each update folds ``count`` into it for its draw.
         Once ``count`` has reached its end, 2**31 - 1, the key of each draw replaces it. Raw,
         because serializers do not know typed keys.
@@ -49,6 +50,9 @@ class ScaleByDartState(NamedTuple):
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
       moments: Moving averages of the gradient of their blocks.
       walk: Lengths of the past steps, and what they would add up to under white noise.
+      schedule: How the user's schedule ends.
+      sample_phase: By how many rows the samples of every block's large tensors have moved on,
+        int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
         before it (``paper_dart``) or their logarithms (``dart``), ``[K]``.
@@ -71,6 +75,8 @@ class ScaleByDartState(NamedTuple):
     concentration: jax.Array
     moments: Moments
     walk: Walk
+    schedule: Ending
+    sample_phase: jax.Array
     weight_rms: jax.Array
     hypergradient: jax.Array
     last_draw: Draw

@@ -7,7 +7,7 @@ around the rule. Their arithmetic on the parameters is in ``_plain.py``, and in 
 
     gamma_j ~ Gamma(concentration_j, 1),      pi = softmax(log gamma)
     rate_i  = min_rate + (rate_budget - min_rate) * pi_i
-    update  = f_t * rate_i * u_{t,i}
+    update  = f_t * rate_i * (u_{t,i} + weight_decay * params_i)
 
 and the gradient of the next loss with respect to the rates of the steps so far is
 
@@ -17,7 +17,8 @@ With f_t * (rate_i - min_rate) * u_t in place of f_t * u_t it is dL_{t+1}/dlog p
 differentiate with respect to one common change of all remembered rates. memory_decay = 0 is the
 hypergradient of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The
 second form sums what the Dirichlet moved the parameters by, so the tiny first steps do not outweigh
-the later ones while the rates grow by orders of magnitude.
+the later ones while the rates grow by orders of magnitude. The decay of the weights takes no part:
+it is there for another loss than the one that gives the gradient.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,9 @@ from dartax import _blocks, _check, _fused, _plain, _walk, random
 from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
 from dartax._draw import Draw, draw_shares
-from dartax._schedule import annealing
+from dartax._fusable import fusable
+from dartax._half import in_float32
+from dartax._schedule import annealing, ending, fallen
 from dartax._state import VERSION, Moments, ScaleByDartState, check_state, next_key
 
 Implementation = Literal["fused", "plain"]
@@ -45,14 +48,18 @@ class Context(NamedTuple):
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
       progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
       power: Mean square of their directions over that under white noise, ``[K]``.
-      annealing: Part of its value that the user's schedule will lose until its end, float32 scalar
-        in [0, 1]; 0 of a number.
+      schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
+        not. float32 scalar, as the others.
+      schedule_fall: How far the logarithm of the schedule has fallen since the last update.
+      annealing: Fraction of its present value that the schedule will still lose, in [0, 1].
     """
 
     num: jax.Array
     weight_rms: jax.Array
     progress: jax.Array
     power: jax.Array
+    schedule_steps: jax.Array
+    schedule_fall: jax.Array
     annealing: jax.Array
 
 
@@ -66,6 +73,7 @@ class Rule(NamedTuple):
         concentration and moments, and to the factor of the memory of past steps, ``[K]`` in
         [0, 1].
       of_log: Whether the hypergradient is with respect to log pi, not to the rates.
+      uses_walk: Whether it looks at progress and power.
     """
 
     init: Callable[[int], jax.Array]
@@ -74,20 +82,50 @@ class Rule(NamedTuple):
         tuple[jax.Array, Moments, jax.Array],
     ]
     of_log: bool
+    uses_walk: bool
 
 
-def context_of(
-    state: ScaleByDartState, length: jax.Array, learning_rate: optax.ScalarOrSchedule
-) -> Context:
-    """What the rule may know; ``length`` is the squared length of the memory, ``[K]``."""
+def context_of(state: ScaleByDartState, length: jax.Array, multiplier: jax.Array) -> Context:
+    """What the rule may know.
+
+    Args:
+      state: The state after the last update.
+      length: Squared length of its memory, ``[K]``.
+      multiplier: Present value of the user's schedule.
+    """
     num = state.count - state.skipped
     return Context(
         num=num,
         weight_rms=state.weight_rms,
         progress=_walk.progress(state.walk, length),
         power=_walk.power(state.walk, num),
-        annealing=annealing(learning_rate, state.count),
+        schedule_steps=state.schedule.steps,
+        schedule_fall=fallen(state.last_multiplier, multiplier),
+        annealing=annealing(state.schedule, multiplier),
     )
+
+
+def is_blind(num: jax.Array, h: jax.Array, squares: jax.Array, moments: Moments) -> jax.Array:
+    """Whether a block has gradients but has never had a hypergradient, bool ``[K]``.
+
+    Then what the memory holds of its large tensors has had no gradients, as most rows of a table
+    may have none. Such a block forgets, and its samples move on by one row.
+    """
+    return (num > 0) & (squares > 0) & (h == 0) & (moments.hyper_nu == 0)
+
+
+def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``, without need of the parameters for a decay of a Python 0."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def _multiplier(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
+    """Value of the user's schedule, float32; counts are int32 arrays, as optax passes them."""
+    value = learning_rate(count) if callable(learning_rate) else learning_rate
+    _check.scalar("learning_rate(count)", value, "return a number from the schedule")
+    return f32(value)
 
 
 def scale_by_dirichlet(
@@ -103,6 +141,8 @@ def scale_by_dirichlet(
     labels: Labels,
     key: jax.Array | int,
     implementation: Implementation,
+    weight_decay: Number = 0.0,
+    mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves.
 
@@ -119,24 +159,32 @@ def scale_by_dirichlet(
       labels: Which leaves share a block; see :func:`dartax._blocks.number_blocks`.
       key: Seed of the draws.
       implementation: ``"plain"`` or ``"fused"``.
+      weight_decay: Decoupled; takes the rate of its block.
+      mask: Where it applies: a tree of bools, or a function from params to one.
     """
     random.check_key(key)
     _check.one_of("implementation", implementation, ("fused", "plain"))
     arithmetic: Any = {"fused": _fused, "plain": _plain}[implementation]
-    inner = optax.with_extra_args_support(inner)
+    inner = in_float32(inner) if fusable(inner) is None else inner
     whole_memory |= getattr(inner.update, "whole_memory", False)
     low, high = f32(min_rate), f32(rate_budget)
+    decay = decayed_weights(weight_decay, mask)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
         _check.keeps_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
+        # (The published rule does not look at its walk: nothing to measure.)
+        known = (
+            _walk.white_noise(inner, params, of_leaf, num_blocks)
+            if rule.uses_walk
+            else _walk.WhiteNoise()
+        )
         concentration = rule.init(num_blocks)
         # One buffer for each field: a donated state must not hold an array twice.
         per_component = lambda: jnp.zeros_like(concentration)  # noqa: E731
         per_block = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
-        multiplier = learning_rate(0) if callable(learning_rate) else learning_rate
-        _check.scalar("learning_rate(count)", multiplier, "return a number from the schedule")
+        multiplier = _multiplier(learning_rate, jnp.zeros([], jnp.int32))
         return ScaleByDartState(
             version=jnp.asarray(VERSION, jnp.int32),
             count=jnp.zeros([], jnp.int32),
@@ -145,8 +193,9 @@ def scale_by_dirichlet(
             block_index=_blocks.block_index(of_leaf),
             concentration=concentration,
             moments=Moments(*(per_block() for _ in Moments._fields)),
-            # (The published rule does not look at it: nothing to measure.)
-            walk=_walk.no_walk(inner if rule.of_log else None, params, num_blocks),
+            walk=_walk.empty_walk(known, num_blocks),
+            schedule=ending(learning_rate),
+            sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
             last_draw=Draw(share=per_component(), log_derivative=per_component()),
@@ -158,23 +207,30 @@ def scale_by_dirichlet(
             inner_state=inner.init(params),
         )
 
+    def score(updates, grad, value, memory, blocks):
+        """h, |z|^2 and |g|^2 of every block, and whether gradients and loss are finite."""
+        h, length, squares = arithmetic.judge(updates, memory, blocks)
+        usable = jnp.all(jnp.isfinite(squares))
+        if grad is not None:
+            h, _, squares = arithmetic.judge(grad, memory, blocks)
+            usable &= jnp.all(jnp.isfinite(squares))
+        if value is not None:
+            usable &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
+        return h, length, squares, usable
+
     def update_fn(updates, state, params=None, **extra_args):
-        grad, value = extra_args.get("grad"), extra_args.get("value")
         check_state(state)
-        blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.last_rates)
+        grad, value = extra_args.get("grad"), extra_args.get("value")
+        blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.sample_phase)
         given = {"updates": updates, "params": params, "grad": grad}
         updates = _blocks.checked_updates(given, state.step_memory, arithmetic.memory_shape)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
-        h, length, sound = arithmetic.judge(updates, state.step_memory, blocks)
-        if grad is not None:
-            h, _, grad_sound = arithmetic.judge(grad, state.step_memory, blocks)
-            sound &= grad_sound
-        if value is not None:
-            sound &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
+        h, length, squares, usable = score(updates, grad, value, state.step_memory, blocks)
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        context = context_of(state, length, learning_rate)
+        multiplier = _multiplier(learning_rate, state.count)
+        context = context_of(state, length, multiplier)
         concentration, moments, keep = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )
@@ -184,21 +240,24 @@ def scale_by_dirichlet(
         draw = draw_shares(words, concentration)
         spent = (high - low) * draw.share[: blocks.num_blocks]
         rates = low + spent
-        multiplier = f32(learning_rate(state.count) if callable(learning_rate) else learning_rate)
 
-        # 4. Scale the directions. A skipped step has rates of 0 and keeps the memory, or empties it
-        # if only the square of a hypergradient overflowed, as it would again at every step.
-        usable = jnp.all(sound & jnp.isfinite(multiplier * rates))
-        finite = usable & jnp.all(jnp.isfinite(moments.hyper_nu))
-        weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
-        # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
-        last_rates = jnp.where(finite, multiplier * rates, 0.0 * state.last_rates)
-        direction, remembered, inner_state = arithmetic.directions(
-            inner, updates, state.inner_state, params, finite,
+        # 4. Scale the directions. A skipped step has rates of 0.
+        usable &= jnp.all(jnp.isfinite(multiplier * rates))
+        overflows = usable & ~jnp.all(jnp.isfinite(moments.hyper_nu))
+        blind = is_blind(context.num, h, squares, moments)
+        blocks = blocks._replace(phase=state.sample_phase + blind)
+        direction, remembered, inner_state, taken = arithmetic.directions(
+            inner, updates, state.inner_state, params, usable & ~overflows, blocks,
             **{**extra_args, "step_memory": state.step_memory},
         )  # fmt: skip
-        weights = jnp.where(finite, weights, 0.0)
-        keep = jnp.where(finite, f32(memory_decay) * keep, jnp.where(usable, 0.0, 1.0))
+        direction, _ = decay.update(direction, decay.init(params), params)
+        weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
+        weights = jnp.where(taken, weights, 0.0)
+        # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
+        last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
+        # A skipped step keeps the memory. But if only a hypergradient overflowed, it is emptied, or
+        # every later step would be skipped.
+        keep = jnp.where(taken, jnp.where(blind, 0.0, f32(memory_decay) * keep), 1.0 - overflows)
         updates, step_memory, squares = arithmetic.move(
             direction, remembered, state.step_memory, last_rates, weights, keep, blocks
         )
@@ -211,12 +270,12 @@ def scale_by_dirichlet(
         )  # fmt: skip
         if_taken = if_skipped._replace(
             key=next_key(state, step_key), concentration=concentration, moments=moments, walk=walk,
-            hypergradient=h, last_draw=draw, last_multiplier=multiplier,
+            hypergradient=h, last_draw=draw, last_multiplier=multiplier, sample_phase=blocks.phase,
             min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
         )  # fmt: skip
-        return updates, arithmetic.select(finite, if_taken, if_skipped)._replace(
+        return updates, arithmetic.select(taken, if_taken, if_skipped)._replace(
             count=optax.safe_increment(state.count),
-            skipped=jnp.where(finite, state.skipped, optax.safe_increment(state.skipped)),
+            skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

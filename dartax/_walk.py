@@ -21,10 +21,14 @@ an average of noise is small. Gradients that agree give more, and gradients that
 valley cancel, and give less:
 
     power_i = (mean square of u_i, averaged over about 20 updates) / p
-    noise_i = min(power_i, 1 / power_i)^6
+    noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
-Without a fixed size nothing is known of the noise, and it is taken to be 0. a, c and p are those of
-the inner transform under white noise. It is run on some at ``init``, unless it knows them.
+For about 50 updates the inner transform's averages hold too few gradients for noise to cancel:
+power is above 1, and nothing is taken for noise yet. If directions have the same size whatever the
+gradients do, as their signs have, or a size that depends on the scale of the loss, power says
+nothing, and noise is 0.
+
+a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
 
 import math
@@ -39,21 +43,30 @@ from dartax._blocks import PyTree
 
 # Average of the mean square of the directions, over about 20 updates.
 POWER_DECAY = 0.95
-# Updates that measure an inner transform, after some that let its averages settle; elements in all.
-TRIAL_STEPS, SETTLING, TRIAL_SIZE = 256, 128, 1024
-# Distances in steps at which the correlation is taken: 1, and the farthest at which there is any.
-DISTANCES = (1, 2, 5, 17)
-# A smaller correlation cannot be told from none.
-LEAST_CORRELATION = 0.04
+# Within this of 1, in logarithms, power is that of noise; from twice as far on it is not.
+NOISE_WIDTH = 0.2
+# Neither squared lengths nor their sums overflow float32.
+LARGEST_LENGTH = 1e15
+
+# Updates that measure an inner transform, after some that let its averages settle.
+TRIAL_STEPS, SETTLING = 256, 128
+# Trials, and the elements of a leaf in each, fewer where there are many leaves.
+TRIALS, LEAF_SIZES, TRIAL_SIZE = 8, (4, 32), 2048
+# Lags tried; c comes from lag 1 and the last one before the correlation is below
+# LEAST_CORRELATION.
+LAGS = (1, 2, 5, 17)
+LEAST_CORRELATION = 0.06
+# Power tells noise from signal if gradients that agree give at least this many times as much.
+LEAST_CONTRAST = 2.0
 
 
 class WhiteNoise(NamedTuple):
-    """What the directions of an inner transform are under white noise; float32 scalars.
+    """What the directions of an inner transform are under white noise; float32 ``[K]``.
 
     Attributes:
       agreement: a, in [0, 1].
       persistence: c, in [0, 1).
-      power: p, mean square of the directions; 0 where it depends on the scale of the gradient.
+      power: p, mean square of the directions; 0 where it does not tell noise from signal.
     """
 
     agreement: Any = 0.0
@@ -77,19 +90,36 @@ class Walk(NamedTuple):
     white_noise: WhiteNoise
 
 
-def no_walk(inner: optax.GradientTransformation | None, params: PyTree, num_blocks: int) -> Walk:
-    """The walk before the first step; nothing is known of the inner transform ``None``."""
-    known = WhiteNoise() if inner is None else white_noise(inner, params)
+def empty_walk(known: WhiteNoise, num_blocks: int) -> Walk:
+    """The walk before the first step."""
     # One buffer for each field: a donated state must not hold an array twice.
-    zeros = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
-    scalars = WhiteNoise(*(jnp.array(value, jnp.float32) for value in known))
-    return Walk(zeros(), zeros(), zeros(), scalars)
+    fill = lambda value: jnp.full(num_blocks, value, jnp.float32)  # noqa: E731
+    broadcast = lambda value: jnp.array(jnp.broadcast_to(value, num_blocks), jnp.float32)  # noqa: E731
+    return Walk(fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, known)))
 
 
-def white_noise(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
-    """What ``inner`` makes of white noise: known, or measured."""
-    known = getattr(inner.update, "white_noise", None)
-    return measure(inner, params) if known is None else WhiteNoise(*known)
+def declared(inner: optax.GradientTransformation) -> tuple[Any, Any, Any] | None:
+    """a, c and p as ``inner`` declares them."""
+    return getattr(inner.update, "white_noise", None)
+
+
+def white_noise(
+    inner: optax.GradientTransformation,
+    params: PyTree,
+    of_leaf: tuple[int, ...],
+    num_blocks: int,
+) -> WhiteNoise:
+    """What ``inner`` makes of white noise in every block: declared, or measured."""
+    known = declared(inner)
+    if known is not None:
+        return WhiteNoise(*known)
+    leaves = measure(inner, params)
+    sizes = np.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], float)
+    total = np.maximum(np.bincount(of_leaf, sizes, num_blocks), 1)
+    means = [np.bincount(of_leaf, sizes * value, num_blocks) / total for value in leaves]
+    # (Power has no meaning for a block if it has none for one of its leaves.)
+    without = np.bincount(of_leaf, leaves.power == 0, num_blocks) > 0
+    return WhiteNoise(means[0], means[1], np.where(without, 0.0, means[2]))
 
 
 def progress(walk: Walk, length: jax.Array) -> jax.Array:
@@ -112,8 +142,8 @@ def power(walk: Walk, num: jax.Array) -> jax.Array:
 def noise(power: jax.Array) -> jax.Array:
     """How much directions of this power look like those of white noise, in [0, 1]."""
     positive = power > 0
-    inverse = 1 / jnp.where(positive, power, 1.0)
-    return jnp.where(positive, jnp.minimum(power, inverse), 0.0) ** 6
+    distance = jnp.abs(jnp.log(jnp.where(positive, power, 1.0)))
+    return jnp.where(positive, jnp.clip(2 - distance / NOISE_WIDTH, 0.0, 1.0), 0.0)
 
 
 def advance(
@@ -129,7 +159,8 @@ def advance(
       sizes: Number of its elements.
     """
     white = walk.white_noise
-    length = weights * jnp.sqrt(squares)
+    squares = jnp.minimum(squares, LARGEST_LENGTH**2)
+    length = jnp.minimum(weights * jnp.sqrt(squares), LARGEST_LENGTH)
     overlap = keep * walk.overlap
     return walk._replace(
         free=keep**2 * walk.free + 2 * length * overlap + length**2,
@@ -146,16 +177,23 @@ def shortened(walk: Walk, keep: jax.Array) -> Walk:
 def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     """Runs ``inner`` on white noise, in small arrays with the structure of ``params``.
 
-    Where that fails, directions are taken to be as independent as the gradients.
+    The directions of two opposite gradients are subtracted, which leaves out whatever does not
+    depend on the gradient, such as decayed weights. Where that fails, directions are taken to be as
+    independent as the gradients.
+
+    Returns:
+      NumPy arrays, with one value for each of the n leaves.
     """
     leaves, structure = jax.tree.flatten(params)
+    nothing = WhiteNoise(*np.zeros((3, len(leaves))))
     if not leaves:
-        return WhiteNoise()
-    width = -(-TRIAL_SIZE // len(leaves))
-    shapes = [(1,) * (jnp.ndim(leaf) - 1) + (width,) * min(jnp.ndim(leaf), 1) for leaf in leaves]
+        return nothing
+    width = int(np.clip(TRIAL_SIZE // len(leaves), *LEAF_SIZES))
+    shapes = [_small_shape(jnp.ndim(leaf), width) for leaf in leaves]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     # Of NumPy, for a program that draws it would take a second more to compile.
-    noise = np.random.default_rng(0).standard_normal((1 + SETTLING + TRIAL_STEPS, ends[-1]))
+    rng = np.random.default_rng(0)
+    draws = rng.standard_normal((TRIALS, 1 + SETTLING + TRIAL_STEPS, ends[-1]), np.float32)
     inner = optax.with_extra_args_support(inner)
 
     def tree_of(numbers: jax.Array) -> PyTree:
@@ -163,33 +201,60 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
         small = [part.reshape(shape).astype(jnp.result_type(leaf)) for part, shape, leaf in rows]
         return jax.tree.unflatten(structure, small)
 
-    def trial(scale: jax.Array, noise: jax.Array) -> jax.Array:
-        start = tree_of(noise[0])
+    def trial(noise_scale: jax.Array, signal: jax.Array, draws: jax.Array) -> jax.Array:
+        """Of every leaf the mean products of directions 0 and LAGS steps apart."""
+        start = tree_of(draws[0])
 
-        def step(state: Any, numbers: jax.Array) -> Any:
-            direction, state = inner.update(tree_of(scale * numbers), state, start)
-            flat = [jnp.asarray(u, jnp.float32).ravel() for u in jax.tree.leaves(direction)]
-            return state, jnp.concatenate(flat)
+        def step(states: Any, numbers: jax.Array) -> Any:
+            found = []
+            for sign, state in zip((1, -1), states, strict=True):
+                gradient = tree_of(sign * (noise_scale * numbers + signal))
+                direction, state = inner.update(gradient, state, start)
+                flat = [jnp.asarray(u, jnp.float32).ravel() for u in jax.tree.leaves(direction)]
+                found.append((state, jnp.concatenate(flat)))
+            (up, u), (down, v) = found
+            return (up, down), (u - v) / 2
 
-        u = jax.lax.scan(step, inner.init(start), noise[1:])[1][SETTLING:]
-        return jnp.stack([jnp.mean(u[: TRIAL_STEPS - n] * u[n:]) for n in (0, *DISTANCES)])
+        u = jax.lax.scan(step, 2 * (inner.init(start),), draws[1:])[1][SETTLING:]
+        products = [jnp.mean(u[: TRIAL_STEPS - n] * u[n:], 0) for n in (0, *LAGS)]
+        of_leaves = [jnp.mean(part, 1) for part in jnp.split(jnp.stack(products), ends[:-1], 1)]
+        return jnp.stack(of_leaves)
 
     try:
         with jax.ensure_compile_time_eval():
-            trials = jax.jit(jax.vmap(trial, in_axes=(0, None)))
-            products = trials(jnp.array([1.0, 2.0]), jnp.asarray(noise, jnp.float32))
-            once, larger = np.asarray(products, float)
+            trials = jax.jit(jax.vmap(jax.vmap(trial, (None, None, 0)), (0, 0, None)))
+            scales = jnp.array([1.0, 2.0, 0.0]), jnp.array([0.0, 0.0, 1.0])
+            found = np.asarray(trials(*scales, jnp.asarray(draws)), float)
     except Exception:
-        # It cannot be asked about so small a tree, or depends on traced values.
-        return WhiteNoise()
-    power = float(once[0]) if abs(larger[0] / once[0] - 1) < 0.1 else 0.0
-    near, *others = (float(product / once[0]) for product in once[1:])
+        # The transform may reject such small arrays, or close over traced values.
+        return nothing
+    noise, twice, signal = np.mean(found, axis=1)  # [n leaves, lags]
+    power = noise[:, 0]
+    moves = power > 0
+    positive = np.where(moves, power, 1.0)
+    tells = moves & (np.abs(twice[:, 0] / positive - 1) < 0.1)
+    tells &= signal[:, 0] > LEAST_CONTRAST * power
+    fitted = np.array([_fit(row) for row in noise[:, 1:] / positive[:, None]])
+    return WhiteNoise(fitted[:, 0], fitted[:, 1], np.where(tells, power, 0.0))
+
+
+def _small_shape(ndim: int, width: int) -> tuple[int, ...]:
+    """A shape of about ``width`` elements, square-like for a matrix."""
+    if ndim < 2:
+        return (width,) * ndim
+    rows = 4
+    return (*(1,) * (ndim - 2), rows, -(-width // rows))
+
+
+def _fit(correlation: np.ndarray) -> tuple[float, float]:
+    """A and c of a * c^n, from the correlations at LAGS."""
+    near, *others = (float(value) for value in correlation)
     if not near > LEAST_CORRELATION:
-        return WhiteNoise(power=power)
-    seen = [
-        (n, far) for n, far in zip(DISTANCES[1:], others, strict=True) if far > LEAST_CORRELATION
-    ]
-    distance, far = max(seen, default=(2, 0.0))
-    persistence = min((far / near) ** (1 / (distance - 1)), 0.999)
-    agreement = min(near / persistence, 1.0) if persistence else 0.0
-    return WhiteNoise(agreement, persistence, power)
+        return 0.0, 0.0
+    lag, far = LAGS[1], 0.0
+    for n, value in zip(LAGS[1:], others, strict=True):
+        if not value > LEAST_CORRELATION:
+            break
+        lag, far = n, value
+    persistence = min((far / near) ** (1 / (lag - 1)), 0.999)
+    return (min(near / persistence, 1.0) if persistence else 0.0), persistence

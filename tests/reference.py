@@ -93,15 +93,17 @@ def paper_dart(
 
 
 def dart(
-    params, gradients, direction, draw: Draw, *, init_rate=1e-5, min_rate=0.0, rate_budget=1.0,
+    params, gradients, direction, draw: Draw, *, init_rate=1e-4, min_rate=0.0, rate_budget=1.0,
     concentration=10.0, memory_decay=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
-    white_noise: tuple[float, float, float] = (1.0, 0.9, 0.1 / 1.9),
+    white_noise: tuple[Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9),
+    schedule_steps: float = np.inf,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
 
     ``sample`` is True where a thin memory holds an element. ``white_noise`` is that of Adam.
+    ``multiplier`` falls to its last value in ``schedule_steps``.
     """
     b1, b_trend, b2 = 0.9, 0.98, 0.99
     names = sorted(params)
@@ -121,7 +123,7 @@ def dart(
     z = {name: np.zeros_like(params[name]) for name in names}
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
-    agreement, persistence, white_power = white_noise
+    agreement, persistence, white_power = (np.broadcast_to(value, K) for value in white_noise)
 
     def kept_part(x, name):
         return x[(sample or {}).get(name, ...)]
@@ -131,7 +133,7 @@ def dart(
         lengths, decays = (np.array(column) for column in zip(*past[i], strict=True))
         left = np.array([lengths[j] * np.prod(decays[j + 1 :]) for j in range(len(lengths))])
         distance = np.abs(np.subtract.outer(np.arange(len(left)), np.arange(len(left))))
-        correlation = np.where(distance == 0, 1.0, agreement * persistence**distance)
+        correlation = np.where(distance == 0, 1.0, agreement[i] * persistence[i] ** distance)
         return left @ correlation @ left
 
     def evidence(i, t):
@@ -139,7 +141,8 @@ def dart(
         members = [name for name in names if labels[name] == i]
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
         weights = 0.05 * 0.95 ** np.arange(t)[::-1]
-        power = np.sum(weights * powers[i]) / np.sum(weights) / white_power if white_power else 0.0
+        power = np.sum(weights * powers[i]) / np.sum(weights)
+        power = power / white_power[i] if white_power[i] else 0.0
         return length / free_walk(i), power
 
     pi = l = np.zeros(K + 1)
@@ -159,17 +162,22 @@ def dart(
             root = np.sqrt(v / (1 - b2**t))
             s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
-            annealing = 1 - multiplier(2**30) / multiplier(t) if multiplier(t) > 0 else 0.0
+            f, last_f = multiplier(t), multiplier(t - 1)
+            ends = np.isfinite(schedule_steps) and f > multiplier(schedule_steps)
+            annealing = 1 - multiplier(schedule_steps) / f if ends else 0.0
+            schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
             for i in range(K):
                 progress, power = evidence(i, t)
-                noise = min(power, 1 / power) ** 6 if power > 0 else 0.0
-                limit = min(0.05, 20.0 / (1 + t)) * max(1e-2 * rms[i] / rate[i], 1)
-                limit = min(limit * np.clip(power / 2, 1, 4), 0.5) * np.clip(2 * progress, 0, 1)
+                noise = np.clip(2 - abs(np.log(power)) / 0.2, 0, 1) if power > 0 else 0.0
+                limit = min(max(0.05, 10 / schedule_steps), 20.0 / (1 + t))
+                limit = min(limit * max(2e-2 * rms[i] / rate[i], 1), 0.5)
+                limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
                 astray, confined = noise * np.clip(2 - progress, 0, 1), max(1 - 2 * progress, 0)
                 change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
-                change -= max(retreat, min(0.05, 3.0 / (1 + t)) * max(astray, confined))
+                fall = min(0.05, 3.0 / (1 + t)) * max(astray, confined)
+                change -= max(retreat, fall - schedule_fall)
                 if usual[i] > 0 and grad[i] > 10 * usual[i]:
                     change = -np.log(10)
                 a[i] *= np.exp(change)
@@ -181,7 +189,6 @@ def dart(
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])
         rates = multiplier(t) * (min_rate + (rate_budget - min_rate) * pi[:K])
         u = direction(g)
-        u = {name: u[name] + weight_decay * params[name] for name in names}
         spent = rates - multiplier(t) * min_rate
         z = {n: kept[labels[n]] * z[n] + spent[labels[n]] * u[n] for n in names}
         for i in range(K):
@@ -189,5 +196,6 @@ def dart(
             square = sum(np.sum(part**2) for part in parts)
             past[i].append((spent[i] * np.sqrt(square), kept[i]))
             powers[i].append(square / sum(part.size for part in parts))
+        u = {name: u[name] + weight_decay * params[name] for name in names}
         params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
         yield params, a.copy(), rates

@@ -67,27 +67,35 @@ def test_enough_is_kept_and_split_as_the_tensor_is():
     assert sampled > 500
 
 
+ZEROS = [jnp.zeros([], jnp.int32)] * 2
+
+
 def test_the_part_of_a_tree(monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
     tree = {"large": jnp.arange(96.0).reshape(48, 2), "small": jnp.arange(3.0)}
     memory = {"large": jnp.zeros((16, 2)), "small": jnp.zeros(3)}
-    part = part_like(memory, tree)
+    part = part_like(memory, tree, ZEROS)
     assert sample_of((48, 2)) == Sample(axis=0, number=16, step=3, sources=1)
     np.testing.assert_array_equal(part["large"], np.arange(96.0).reshape(48, 2)[::3])
     assert part["small"] is tree["small"]
-    whole = part_like({**memory, "large": jnp.zeros((48, 2))}, tree)
+    moved = part_like(memory, tree, [jnp.int32(4), jnp.int32(0)])  # of three rows in a bunch
+    np.testing.assert_array_equal(moved["large"], np.arange(96.0).reshape(48, 2)[1::3])
+    whole = part_like({**memory, "large": jnp.zeros((48, 2))}, tree, ZEROS)
     assert whole["large"] is tree["large"]
 
 
-def test_groups_of_columns_take_turns(monkeypatch):
+@pytest.mark.parametrize("phase", [0, 1, 5, 6, 13])
+def test_groups_of_columns_take_turns(phase, monkeypatch):
     monkeypatch.setattr(_sample, "WIDTH", 2)
     tensor = np.arange(3 * 24 * 7).reshape(3, 24, 7)
     sample = Sample(axis=1, number=4, step=6, sources=3)
     expected = np.zeros((3, 4, 7), int)
     for lead, row, column in np.ndindex(expected.shape):
-        expected[lead, row, column] = tensor[lead, 6 * row + 2 * (column // 2 % 3), column]
-    np.testing.assert_array_equal(sample.take(jnp.asarray(tensor)), expected)
-    np.testing.assert_array_equal(sample.gather(jnp.asarray(tensor)), expected)
+        expected[lead, row, column] = tensor[
+            lead, 6 * row + (2 * (column // 2 % 3) + phase) % 6, column
+        ]
+    for take in (sample.take, sample.gather):
+        np.testing.assert_array_equal(take(jnp.asarray(tensor), jnp.int32(phase)), expected)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_groups_of_columns_take_turns(monkeypatch):
 def test_a_gpu_takes_the_same_sample(shape, dtype):
     sample = sample_of(shape)
     tensor = jnp.arange(math.prod(shape)).reshape(shape).astype(dtype)
-    taken, gathered = sample.take(tensor), sample.gather(tensor)
+    taken, gathered = (take(tensor, jnp.int32(3)) for take in (sample.take, sample.gather))
     assert gathered.shape == sample_shape(shape)
     assert gathered.dtype == dtype
     np.testing.assert_array_equal(gathered, taken)
@@ -113,7 +121,8 @@ def test_a_sample_tells_more_than_whole_rows():
         inputs = rng.normal(size=(1024, 8)) * rng.exponential(size=(1024, 1)) ** 2
         products = np.asarray(inputs @ rng.normal(size=(8, 1024)), np.float32) ** 2
         estimates = [
-            np.mean(one.take(jnp.asarray(products))) for one in (sample._replace(sources=1), sample)
+            np.mean(one.take(jnp.asarray(products), ZEROS[0]))
+            for one in (sample._replace(sources=1), sample)
         ]
         errors.append(np.log(estimates / np.mean(products)) ** 2)
     rows, interleaved = np.mean(errors, axis=0) ** 0.5
@@ -138,7 +147,7 @@ def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, monkeypatch):
     _, state = update(PARAMS, state, PARAMS)
     for value in (np.nan, np.inf, -np.inf):
         poisoned = {**PARAMS, "large": PARAMS["large"].at[1, 1].set(value)}
-        part = part_like(optax.tree.get(state, "step_memory"), poisoned)
+        part = part_like(optax.tree.get(state, "step_memory"), poisoned, ZEROS)
         assert part["large"].shape == (16, 2)
         assert np.all(np.isfinite(part["large"]))
         updates, after = update(poisoned, state, PARAMS)
@@ -168,20 +177,50 @@ def test_rates_within_tensors_see_all_rows(blocks, monkeypatch):
     assert optax.tree.get(state, "step_memory")["large"].shape == PARAMS["large"].shape
 
 
-def test_a_mask_is_asked_about_whole_parameters(monkeypatch):
+@pytest.mark.parametrize("inner", ["adam", "optax adam", "gradients"])
+@pytest.mark.parametrize(
+    ("shape", "live"),
+    [
+        ((20_000, 32), [12_345]),
+        ((20_000, 32), [3, 4, 5]),
+        ((400_000,), range(777, 400_000, 20_000)),
+        ((64, 5000), [63]),
+        ((3, 3, 1000, 40), [2]),
+    ],
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_few_rows_with_gradients_are_found(shape, live, inner, weight_decay):
+    live = jnp.asarray(live)
+    optimizer = dartax.dart(inner=INNERS[inner], weight_decay=weight_decay)
+    params = jnp.zeros(shape).at[live].set(1.0)
+    loss = lambda params: jnp.sum((params[live] - 3.0) ** 2)  # noqa: E731
+
+    @jax.jit
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=400)[0]
+
+    after, state = train(params)
+    assert sample_shape(shape) != shape
+    assert loss(after) < 1e-2 * loss(params)
+    assert np.all(optax.tree.get(state, "skipped") == 0)
+
+
+def test_a_sample_with_gradients_stays(monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
-
-    def mask(params):
-        return jax.tree.map(lambda p: p.shape == (48, 2), params)
-
-    runs = []
-    for chosen in (mask, {"large": True, "small": False}):
-        optimizer = dartax.dart(weight_decay=1.0, mask=chosen)
-        state = optimizer.init(PARAMS)
-        for _ in range(2):
-            _, state = optimizer.update(PARAMS, state, PARAMS)
-        runs.append(optax.tree.get(state, "step_memory"))
-    jax.tree.map(np.testing.assert_array_equal, *runs)
+    optimizer = dartax.dart()
+    state = optimizer.init(PARAMS)
+    for step in range(5):
+        # Zero gradients, as at a step that misses the rows, and a dead block, move nothing.
+        grads = jax.tree.map(
+            lambda p, step=step: p * (step != 3), {**PARAMS, "small": 0 * PARAMS["small"]}
+        )
+        _, state = optimizer.update(grads, state, PARAMS)
+        assert optax.tree.get(state, "sample_phase").tolist() == [0, 0]
 
 
 def test_another_shape_is_refused():

@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import dartax
-from dartax import random
+from dartax import _schedule, random
 from dartax._fused import _sample
 
 STEPS = 50
@@ -143,6 +143,7 @@ def test_dart_follows_the_reference(direction, options):
         reference.adam(beta2=0.99) if direction == "adam" else reference.sgd(),
         shared_draws(9),
         multiplier=decay,
+        schedule_steps=float(_schedule.ending(optax.linear_schedule(1.0, 0.0, 60)).steps),
         **({} if direction == "adam" else {"white_noise": (0.0, 0.0, 0.0)}),
         **options,
     )
@@ -195,7 +196,7 @@ def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
             "b": row % 4 == 2 * (column // 16 % 2),
             "c": np.isin(np.arange(100), np.arange(0, 96, 12)),
         },
-        white_noise=tuple(map(float, optimizer.init(params)[0].walk.white_noise)),
+        white_noise=tuple(map(np.asarray, optimizer.init(params)[0].walk.white_noise)),
         **options,
     )
     expected = list(expected)

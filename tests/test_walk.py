@@ -9,30 +9,48 @@ import pytest
 import dartax
 from dartax import _walk
 
+ADAM = (1.0, 0.9, 0.1 / 1.9)
 PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
 
 
 @pytest.mark.parametrize(
     ("inner", "known"),
     [
-        (optax.scale_by_adam(b1=0.9), (1.0, 0.9, 0.1 / 1.9)),
+        (optax.scale_by_adam(b1=0.9), ADAM),
         (optax.scale_by_adam(b1=0.5), (1.0, 0.5, 0.5 / 1.5)),
         (optax.trace(0.95), (1.0, 0.95, 0.0)),
         (optax.identity(), (0.0, 0.0, 0.0)),
-        (optax.scale_by_sign(), (0.0, 0.0, 1.0)),
+        (optax.scale_by_sign(), (0.0, 0.0, 0.0)),  # always 1: does not tell noise from signal
+        (optax.scale_by_rms(), (0.0, 0.0, 0.0)),
+        (optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1.0)), ADAM),
     ],
 )
 def test_white_noise_is_measured(inner, known):
     measured = _walk.measure(inner, PARAMS)
-    np.testing.assert_allclose(measured, known, rtol=0.05, atol=0.02)
+    for values, expected in zip(measured, known, strict=True):
+        vector, scalar, matrix = values  # of the scalar there are few numbers
+        np.testing.assert_allclose([vector, matrix], 2 * [expected], rtol=0.1, atol=0.02)
+        np.testing.assert_allclose(scalar, expected, rtol=0.5, atol=0.08)
+
+
+def test_parts_of_a_tree_are_measured_apart():
+    parts = {"adam": optax.scale_by_adam(), "sgd": optax.identity()}
+    inner = optax.partition(parts, {"w": "adam", "b": "sgd", "c": "adam"})
+    of_leaf, num_blocks = (0, 0, 1), 2  # b, c, w: Adam and SGD share the first block
+    agreement, persistence, power = _walk.white_noise(inner, PARAMS, of_leaf, num_blocks)
+    np.testing.assert_allclose(agreement, [1 / 21, 1.0], rtol=0.1)
+    np.testing.assert_allclose(persistence, [0.9 / 21, 0.9], rtol=0.1)
+    np.testing.assert_allclose(power, [0.0, 0.1 / 1.9], rtol=0.1)
+    known = _walk.white_noise(dartax.inner.adam(), PARAMS, of_leaf, num_blocks)
+    assert _walk.empty_walk(known, num_blocks).white_noise.power.shape == (2,)
 
 
 def test_the_long_memory_of_lion_is_seen():
     # Its directions agree little with their neighbours, but do so for a hundred steps.
     agreement, persistence, power = _walk.measure(optax.scale_by_lion(), PARAMS)
-    assert 0.1 < agreement < 0.4
-    assert 0.98 < persistence < 0.995
-    assert power == pytest.approx(1.0)
+    assert np.all((agreement > 0.1) & (agreement < 0.4))
+    assert np.all((persistence > 0.97) & (persistence < 0.998))
+    assert np.all(power == 0)  # signs
 
 
 @pytest.mark.parametrize(
@@ -43,9 +61,8 @@ def test_the_long_memory_of_lion_is_seen():
     ],
 )
 def test_what_our_own_transforms_know_is_what_is_measured(inner):
-    np.testing.assert_allclose(
-        inner.update.white_noise, _walk.measure(inner, PARAMS), rtol=0.05, atol=0.02
-    )
+    measured = [values[2] for values in _walk.measure(inner, PARAMS)]
+    np.testing.assert_allclose(inner.update.white_noise, measured, rtol=0.1, atol=0.02)
 
 
 def test_what_cannot_be_measured_counts_as_independent():
@@ -53,15 +70,15 @@ def test_what_cannot_be_measured_counts_as_independent():
         raise ValueError("no")
 
     inner = optax.GradientTransformation(lambda params: (), refuse)
-    assert _walk.measure(inner, PARAMS) == (0.0, 0.0, 0.0)
-    assert _walk.measure(optax.identity(), {}) == (0.0, 0.0, 0.0)
+    np.testing.assert_array_equal(_walk.measure(inner, PARAMS), np.zeros((3, 3)))
+    np.testing.assert_array_equal(_walk.measure(optax.identity(), {}), np.zeros((3, 0)))
 
 
 def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
     """Progress and power after steps of Adam's directions, for 4,000 elements."""
     inner = dartax.inner.adam(b2=0.99)
     params = {"x": jnp.zeros(4000)}
-    walk = _walk.no_walk(inner, params, 1)
+    walk = _walk.empty_walk(_walk.white_noise(inner, params, (0,), 1), 1)
 
     def step(carry, t):
         x, memory, walk, state = carry
@@ -105,10 +122,20 @@ def test_steps_in_a_narrow_valley_have_none():
 
 
 def test_nothing_is_known_before_the_first_step():
-    walk = _walk.no_walk(dartax.inner.adam(), PARAMS, 3)
+    known = _walk.white_noise(dartax.inner.adam(), PARAMS, (0, 1, 2), 3)
+    walk = _walk.empty_walk(known, 3)
     np.testing.assert_array_equal(_walk.progress(walk, jnp.zeros(3)), np.ones(3))
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(0)), np.zeros(3))
     assert _walk.noise(jnp.zeros(())) == 0
     # Overflow says nothing either.
     walk = walk._replace(free=jnp.array([1.0, jnp.inf, 1.0]))
     assert _walk.progress(walk, jnp.array([jnp.inf, 1.0, 4.0])).tolist() == [1.0, 1.0, 4.0]
+
+
+def test_lengths_that_overflow_leave_the_walk_finite():
+    known = _walk.white_noise(dartax.inner.momentum(), PARAMS, (0, 1, 2), 3)
+    walk = _walk.empty_walk(known, 3)
+    huge = jnp.array([jnp.inf, 3e38, 1.0])
+    for keep in (1.0, 1.0, 0.0):
+        walk = _walk.advance(walk, jnp.full(3, keep), jnp.full(3, 1e30), huge, np.ones(3, "f"))
+        assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(walk))

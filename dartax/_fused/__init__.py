@@ -1,21 +1,23 @@
 """The step of ``dartax/_plain.py`` in less time and memory: the only place that knows of XLA.
 
 It has the same functions, with the same results to rounding, except that the memory holds a sample
-of each large tensor (``_sample.py``). Each idea beyond the formulas has a file of its own, with the
-figure that it gains and the command that shows it:
+of each large tensor (``_sample.py``): h, |z|^2 and |u|^2 are then those of the sample. Each idea
+beyond the formulas has a file of its own, with the figure that it gains and the command that shows
+it:
 
-    _fusable.py   inner transforms that skip a step by themselves, and give a part of their
-                  direction again
-    _sample.py    a sample of each large tensor stands for all of it in the memory
-    _order.py     leaf after leaf on a CPU, and parameters overwritten in place
-    _sums.py      inner products of many tensors in a few kernels on a GPU
-    _siblings.py  small arrays in one kernel on a GPU
-    _mesh.py      arrays that are split over devices
-    _threefry.py  random bits that compile faster
+    ../_fusable.py   inner transforms that skip a step by themselves, and give a part of their
+                     direction again
+    _sample.py       a sample of each large tensor stands for all of it in the memory
+    _order.py        leaf after leaf on a CPU
+    _sums.py         inner products of many tensors in a few kernels on a GPU
+    _siblings.py     small arrays in one kernel on a GPU
+    _mesh.py         arrays that are split over devices
+    _threefry.py     random bits that compile faster
 """
 
+import functools
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,7 @@ import optax
 
 from dartax import _plain
 from dartax._blocks import Blocks, PyTree
-from dartax._fused._fusable import choose, fusable, zero_unless
-from dartax._fused._order import after_memory, read_before
+from dartax._fusable import choose, fusable, zero_unless
 from dartax._fused._sample import part_like, sample_shape, take_samples
 from dartax._fused._sums import sums
 from dartax._fused._threefry import random_words
@@ -45,19 +46,12 @@ memory_shape = sample_shape
 _accumulate, _scale = jax.jit(_plain.accumulate), jax.jit(_plain.scale)
 
 
-class Remembered(NamedTuple):
-    """What of a direction goes into the memory, and whether the parameters were read for it."""
-
-    part: PyTree
-    reads_params: bool
-
-
 def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
     """The memory before the first step: of large tensors a sample, unless ``whole``."""
 
     def sampled(leaf):
         large = not whole and sample_shape(jnp.shape(leaf)) != jnp.shape(leaf)
-        return take_samples([leaf])[0] if large else leaf
+        return take_samples([leaf], [jnp.zeros([], jnp.int32)])[0] if large else leaf
 
     # zeros_like, so that the memory lies where the parameters lie.
     return _plain.empty_memory(jax.tree.map(sampled, params), dtype)
@@ -67,18 +61,24 @@ def judge(
     gradient: PyTree, memory: PyTree, blocks: Blocks
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See :func:`dartax._plain.judge`."""
-    # The barrier: what is computed here and again later would be computed once, written out and
-    # read twice. For the squares of the gradient that would make a step of 10 M parameters in 24
-    # tensors 2.5 times as long on a CPU (dartax bench --sizes 1e7x24).
+    # Without the barrier XLA shares this computation with a later one, writing the result out and
+    # reading it twice. For the squares of the gradient that would make a step of 10 M parameters in
+    # 24 tensors 2.5 times as long on a CPU (dartax bench --sizes 1e7x24).
     gradient, memory = jax.lax.optimization_barrier((gradient, memory))
-    whole, part = jax.tree.leaves(gradient), jax.tree.leaves(part_like(memory, gradient))
+    part = jax.tree.leaves(part_like(memory, gradient, phases(blocks)))
+    whole = jax.tree.leaves(gradient)
     dots = sums(operator.mul, part, jax.tree.leaves(memory))
     sizes = [jnp.size(x) / max(jnp.size(y), 1) for x, y in zip(whole, part, strict=True)]
     if any(size != 1 for size in sizes):
         dots *= np.array(sizes, np.float32)
     lengths = sums(jnp.square, jax.tree.leaves(memory))
     h, squares = (per_block(x, blocks) for x in (-dots, sums(jnp.square, whole)))
-    return h, per_block(lengths, blocks), jnp.isfinite(h) & jnp.isfinite(squares)
+    return h, per_block(lengths, blocks), squares
+
+
+def phases(blocks: Blocks) -> list[jax.Array]:
+    """By how many rows the sample of every leaf has moved on, n int32 scalars."""
+    return [_scalars(index, (blocks.phase,))[0] for index in blocks.index]
 
 
 def directions(
@@ -86,34 +86,35 @@ def directions(
     updates: PyTree,
     inner_state: PyTree,
     params: PyTree,
-    finite: jax.Array,
+    taken: jax.Array,
+    blocks: Blocks,
     *,
     step_memory: PyTree,
     **extra_args: Any,
-) -> tuple[PyTree, Remembered, PyTree]:
+) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
     """See :func:`dartax._plain.directions`; a part of the direction goes into the memory."""
     extra_args["step_memory"] = step_memory
-    update = fusable(inner)
+    update, phase = fusable(inner), phases(blocks)
     if update is None:
         direction, new_state = inner.update(updates, inner_state, params, **extra_args)
-        direction = zero_unless(finite, direction)
-        part = part_like(step_memory, direction)
-        return direction, Remembered(part, False), select(finite, new_state, inner_state)
-    direction, inner_state = update(updates, inner_state, params, finite=finite, **extra_args)
-    params_part = read_before(params, step_memory) if update.reads_params else None
-
-    def part_of(tree):
-        return params_part if tree is params else part_like(step_memory, tree)
-
-    part = update.again(updates, inner_state, params, finite, part_of)
+        taken &= jnp.all(jnp.isfinite(sums(jnp.square, jax.tree.leaves(direction))))
+        direction = zero_unless(taken, direction)
+        part = part_like(step_memory, direction, phase)
+        return direction, part, select(taken, new_state, inner_state), taken
+    # The directions of these are finite where the gradients are.
+    direction, inner_state = update(updates, inner_state, params, taken=taken, **extra_args)
     if not update.always_finite:
-        direction, part = zero_unless(finite, direction), zero_unless(finite, part)
-    return direction, Remembered(part, update.reads_params), inner_state
+        direction = zero_unless(taken, direction)
+    if update.again is None:
+        return direction, part_like(step_memory, direction, phase), inner_state, taken
+    part_of = functools.partial(part_like, step_memory, phases=phase)
+    part = update.again(updates, inner_state, taken, part_of)
+    return direction, part if update.always_finite else zero_unless(taken, part), inner_state, taken
 
 
 def move(
     direction: PyTree,
-    remembered: Remembered,
+    remembered: PyTree,
     memory: PyTree,
     rates: jax.Array,
     weights: jax.Array,
@@ -126,16 +127,14 @@ def move(
     leaf_rates, leaf_weights, leaf_keep = (
         jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(3)
     )
-    memory = jax.tree.map(_accumulate, memory, remembered.part, leaf_weights, leaf_keep)
-    if remembered.reads_params:
-        leaf_rates = after_memory(leaf_rates, memory)
-    squares = per_block(sums(jnp.square, jax.tree.leaves(remembered.part)), blocks)
+    memory = jax.tree.map(_accumulate, memory, remembered, leaf_weights, leaf_keep)
+    squares = per_block(sums(jnp.square, jax.tree.leaves(remembered)), blocks)
     return jax.tree.map(_scale, direction, leaf_rates), memory, squares
 
 
-def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+def select(taken: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """See :func:`dartax._plain.select`."""
-    return jax.tree.map(lambda n, o: choose(finite, n, o), new, old)
+    return jax.tree.map(lambda n, o: choose(taken, n, o), new, old)
 
 
 def per_block(of_leaves: jax.Array, blocks: Blocks) -> jax.Array:

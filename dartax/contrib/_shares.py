@@ -35,7 +35,7 @@ import optax
 
 from dartax import _check, random
 from dartax._blocks import LARGEST_ROOT
-from dartax._fused._fusable import FusableUpdate, choose, fusable, guard
+from dartax._fusable import FusableUpdate, choose, fusable, guard
 from dartax._fused._mesh import auto_sharded
 
 PyTree = Any
@@ -249,7 +249,7 @@ def renew(
     gradient: PyTree,
     memory: PyTree,
     concentration: Any,
-    finite: jax.Array,
+    taken: jax.Array,
 ) -> ScaleBySharesState:
     """One turn: the slices learn from their hypergradients and are drawn again.
 
@@ -258,7 +258,7 @@ def renew(
       gradient: Gradient of the loss.
       memory: z, the past steps that it is compared with.
       concentration: Mean concentration.
-      finite: Whether all this is finite; the state stays as it is otherwise.
+      taken: Whether the step is taken; the state stays as it is otherwise.
     """
     structure: Any = jax.tree.structure(state.shares.within_factor)
     leaves = Shares(*(jax.tree.leaves(tree) for tree in state.shares))
@@ -298,13 +298,13 @@ def renew(
         )
     ]
     new = new._replace(within_factor=new.within_factor * turn.spread(scales))
-    new = [choose(finite, *pair) for pair in zip(new, old, strict=True)]
+    new = [choose(taken, *pair) for pair in zip(new, old, strict=True)]
     trees = [
         jax.tree.unflatten(structure, turn.scatter(arrays, values))
         for arrays, values in zip(leaves, new, strict=True)
     ]
     return state._replace(
-        allocation_count=jnp.where(finite, optax.safe_increment(count), count),
+        allocation_count=jnp.where(taken, optax.safe_increment(count), count),
         shares=Shares(*trees),
     )
 
@@ -347,7 +347,8 @@ def scale_by_shares(
     _check.number("concentration", concentration, "a positive number", positive, "10.0 is usual")
     random.check_key(key)
     given = inner
-    inner = inner if fusable(inner) else guard(inner)
+    known = fusable(inner)
+    inner = guard(inner) if known is None or known.again is None else inner
     inner_update: Any = fusable(inner)
 
     def init_fn(params):
@@ -374,7 +375,7 @@ def scale_by_shares(
         return (factor * direction.astype(jnp.float32)).astype(direction.dtype)
 
     def update_fn(
-        updates, state, params=None, *, finite=True, step_memory=None, grad=None, **extra_args
+        updates, state, params=None, *, taken=True, step_memory=None, grad=None, **extra_args
     ):
         gradient = updates if grad is None else grad
         if jax.tree.map(jnp.shape, step_memory) != jax.tree.map(jnp.shape, gradient):
@@ -383,29 +384,28 @@ def scale_by_shares(
                 f"{jax.tree.map(jnp.shape, step_memory)}; pass scale_by_shares as it is to "
                 "dartax.dart(inner=...), and other transforms as its own inner."
             )
-        finite = jnp.asarray(finite)
+        taken = jnp.asarray(taken)
         new = auto_sharded(
             renew,
             state._replace(inner_state=()),
             gradient,
             step_memory,
             jnp.asarray(concentration, jnp.float32),
-            finite,
+            taken,
         )
         direction, inner_state = inner_update(
-            updates, state.inner_state, params, finite=finite, **extra_args
+            updates, state.inner_state, params, taken=taken, **extra_args
         )
         direction = jax.tree.map(times, direction, new.shares.within_factor)
         return direction, new._replace(inner_state=inner_state)
 
-    def again(updates, state, params, finite, part):
-        direction = inner_update.again(updates, state.inner_state, params, finite, part)
+    def again(updates, state, taken, part):
+        direction = inner_update.again(updates, state.inner_state, taken, part)
         return jax.tree.map(times, direction, part(state.shares.within_factor))
 
     update = FusableUpdate(
         update_fn,
         again,
-        reads_params=inner_update.reads_params,
         always_finite=inner_update.always_finite,
         whole_memory=True,
         white_noise=inner_update.white_noise,

@@ -13,7 +13,8 @@ import optax
 from dartax import _dart
 from dartax._averages import Number, debias, f32
 from dartax._draw import Draw
-from dartax._transform import Moments, Rule, scale_by_dirichlet
+from dartax._state import Moments
+from dartax._transform import Rule, scale_by_dirichlet
 from dartax.inner import adam
 
 
@@ -125,7 +126,7 @@ def _factory(
         learning_rate: optax.ScalarOrSchedule = 1.0,
         *,
         inner: optax.GradientTransformation | None = None,
-        init_rate: Number = 1e-5,
+        init_rate: Number = 1e-4,
         rate_budget: Number = 1.0,
         concentration: Number = 10.0,
         memory_decay: Number = 0.999,

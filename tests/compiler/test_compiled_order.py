@@ -48,7 +48,7 @@ def test_large_leaves_wait_for_those_before_them(name, group_size, expected, mon
     inner = INNERS[name]
 
     def averages(finite, gradient, state):
-        state = inner.update(gradient, state, finite=finite)[1]
+        state = inner.update(gradient, state, taken=finite)[1]
         return state.trace if isinstance(state, optax.TraceState) else state.mu
 
     lowered = jax.jit(averages).lower(jnp.bool_(True), PARAMS, inner.init(PARAMS))

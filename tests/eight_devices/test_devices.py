@@ -194,7 +194,7 @@ def test_one_of_eight_devices_is_as_fast_as_the_only_one(number, monkeypatch):
         params = jax.device_put(params, SingleDeviceSharding(jax.devices()[number]))
     assert not is_split(params)
     inner = dartax.inner.adam()
-    moments = jax.jit(inner.update).trace(params, inner.init(params), finite=jnp.bool_(True))
+    moments = jax.jit(inner.update).trace(params, inner.init(params), taken=jnp.bool_(True))
     assert "branches_platforms" in str(moments.jaxpr)
     assert branches(params) >= 3  # the moments, the sums, the sample
 

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dartax._half import in_float32
+
 PyTree = Any
 
 
@@ -30,11 +32,11 @@ class FusableUpdate:
     ``optax.chain`` makes a new update function, so a chain is not fusable.
 
     Attributes:
-      update: An optax update function that takes ``finite=`` as well, a bool scalar. Where it is
+      update: An optax update function that takes ``taken=`` as well, a bool scalar. Where it is
         false the state stays as it was, and the direction is finite if ``always_finite``.
-      again: From (updates, state, params, finite, part) to a part of the direction that the update
-        which returned ``state`` gave. ``part`` takes it from any tree like the parameters.
-      reads_params: Whether ``again`` needs the parameters.
+      again: From (updates, state, taken, part) to a part of the direction that the update which
+        returned ``state`` gave. ``part`` takes it from any tree like the parameters. ``None``
+        if that would cost more than keeping the direction.
       always_finite: Whether the direction of a skipped step is finite.
       whole_memory: Whether the memory that ``update`` gets as ``step_memory=`` has to hold all of
         large tensors, not samples.
@@ -43,8 +45,7 @@ class FusableUpdate:
     """
 
     update: Callable[..., tuple[PyTree, PyTree]]
-    again: Callable[[PyTree, PyTree, PyTree, jax.Array, Callable[[PyTree], PyTree]], PyTree]
-    reads_params: bool = False
+    again: Callable[[PyTree, PyTree, jax.Array, Callable[[PyTree], PyTree]], PyTree] | None
     always_finite: bool = False
     whole_memory: bool = False
     white_noise: tuple[Any, Any, Any] | None = None
@@ -59,18 +60,23 @@ def fusable(inner: optax.GradientTransformation) -> FusableUpdate | None:
     return inner.update if isinstance(inner.update, FusableUpdate) else None
 
 
-def choose(finite: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """``new`` or ``old``, in the dtype of ``old``: some inner states change theirs."""
+def choose(taken: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new`` or ``old``, in the dtype of ``old``: some transforms change that of their state."""
     if new is old:
         return old
     new, old = jnp.asarray(new), jnp.asarray(old)
     new = new if new.dtype == old.dtype else new.astype(old.dtype)  # a typed key has no astype
-    return jax.lax.select(finite, new, old)
+    return jax.lax.select(taken, new, old)
 
 
-def zero_unless(finite: jax.Array, tree: PyTree) -> PyTree:
+def decayed_sum(taken: jax.Array, decay: Any, old: jax.Array, term: jax.Array) -> jax.Array:
+    """``decay * old + term``, or ``old`` where the step is skipped."""
+    return jnp.where(taken, decay * old + term, old).astype(old.dtype)
+
+
+def zero_unless(taken: jax.Array, tree: PyTree) -> PyTree:
     """``tree``, or zeros."""
-    return jax.tree.map(lambda x: jax.lax.select(finite, x, jnp.zeros_like(x)), tree)
+    return jax.tree.map(lambda x: jax.lax.select(taken, x, jnp.zeros_like(x)), tree)
 
 
 class GuardState(NamedTuple):
@@ -87,57 +93,19 @@ class GuardState(NamedTuple):
 
 def guard(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Makes any transform fusable, at the price of a copy of its last direction."""
-    inner = optax.with_extra_args_support(inner)
+    inner = in_float32(inner)
 
     def init_fn(params):
         return GuardState(inner.init(params), jax.tree.map(jnp.zeros_like, params))
 
-    def update_fn(updates, state, params=None, *, finite=True, **extra_args):
+    def update_fn(updates, state, params=None, *, taken=True, **extra_args):
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         new = GuardState(inner_state, direction)
-        choose_finite = functools.partial(choose, jnp.asarray(finite))
-        return direction, jax.tree.map(choose_finite, new, state)
+        choose_taken = functools.partial(choose, jnp.asarray(taken))
+        return direction, jax.tree.map(choose_taken, new, state)
 
-    def again(updates, state, params, finite, part):
-        del updates, params, finite
+    def again(updates, state, taken, part):
+        del updates, taken
         return part(state.direction)
 
     return optax.GradientTransformationExtraArgs(init_fn, FusableUpdate(update_fn, again))
-
-
-def with_decayed_weights(
-    inner: optax.GradientTransformation, weight_decay: Any, mask: Any
-) -> optax.GradientTransformation:
-    """``inner``, then ``optax.add_decayed_weights``; fusable if ``inner`` is.
-
-    A decay of the Python number 0 leaves ``inner`` alone, which then needs no parameters.
-    """
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return inner
-    inner = optax.with_extra_args_support(inner)
-
-    def add(direction, params, mask=mask):
-        decay = optax.add_decayed_weights(weight_decay, mask)
-        return decay.update(direction, decay.init(params), params)[0]  # has no state of its own
-
-    def update_fn(updates, state, params=None, **extra_args):
-        direction, state = inner.update(updates, state, params, **extra_args)
-        return add(direction, params), state
-
-    known = fusable(inner)
-    if known is None:
-        return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-    def again(updates, state, params, finite, part):
-        # A mask that is a function is asked about the whole parameters, not about a part of them.
-        chosen = mask(params) if callable(mask) else mask
-        return add(known.again(updates, state, params, finite, part), part(params), chosen)
-
-    update = FusableUpdate(
-        update_fn,
-        again,
-        reads_params=True,
-        whole_memory=known.whole_memory,
-        white_noise=known.white_noise,
-    )
-    return optax.GradientTransformationExtraArgs(inner.init, update)
