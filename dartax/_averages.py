@@ -1,4 +1,4 @@
-"""Moving averages in float32."""
+"""Moving averages in float32, and a root that can be differentiated."""
 
 from typing import Any
 
@@ -25,3 +25,12 @@ def moving_average(average: jax.Array, value: jax.Array, decay: Number) -> jax.A
 def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
     """Corrects an average of ``num`` values for the zero that it started from."""
     return average / (1 - f32(decay) ** f32(jnp.maximum(num, 1)))
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root of non-negative numbers, with derivative 0 at 0.
+
+    There ``jnp.sqrt`` has an infinite one, which makes a gradient NaN that passes through an update.
+    """
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), x)  # NaN stays NaN

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax._averages import root
+
 PyTree = Any
 Labels = PyTree | Callable[[str], Hashable] | None
 Shapes = Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -206,4 +208,4 @@ def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax
         if leaf.ndim >= 2:
             squares = squares.at[block].add(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
             sizes[block] += leaf.size
-    return jnp.minimum(jnp.sqrt(squares / np.maximum(sizes, 1)), LARGEST_ROOT)
+    return jnp.minimum(root(squares / np.maximum(sizes, 1)), LARGEST_ROOT)

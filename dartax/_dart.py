@@ -51,11 +51,12 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
-from dartax._averages import Number, debias, f32, moving_average
+from dartax._averages import Number, debias, f32, moving_average, root
 from dartax._blocks import Labels
 from dartax._draw import Draw
+from dartax._rule import Context, Rule
 from dartax._state import Moments
-from dartax._transform import Context, Implementation, Rule, scale_by_dirichlet
+from dartax._transform import Implementation, scale_by_dirichlet
 from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
@@ -151,17 +152,17 @@ def dart_rule(
         trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
         # A block that has seen no gradient yet does not move.
-        root = jnp.sqrt(debias(nu, B2, num))
-        seen = root > 0
-        inverse_root = jnp.where(seen, 1 / jnp.where(seen, root, 1.0), 0.0)
-        s = -debias(mu, B1, num) * inverse_root
-        s_long = -debias(trend, B_TREND, num) * inverse_root
+        size = root(debias(nu, B2, num))
+        seen = size > 0
+        inverse_size = jnp.where(seen, 1 / jnp.where(seen, size, 1.0), 0.0)
+        s = -debias(mu, B1, num) * inverse_size
+        s_long = -debias(trend, B_TREND, num) * inverse_size
 
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
         grow = jnp.clip(jnp.minimum(s, s_long) + tolerance(context), 0.0, 1.0)
         change = growth_limit(rate, context) * grow - fall(s, context)
-        usual = jnp.sqrt(debias(moments.hyper_nu, B2, num - 1))
+        usual = root(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
         change = jnp.where(seen, change, 0.0)

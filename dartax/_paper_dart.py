@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _check
-from dartax._averages import Number, debias, f32, moving_average
+from dartax._averages import Number, debias, f32, moving_average, root
 from dartax._blocks import Labels
 from dartax._draw import Draw
-from dartax._transform import Implementation, Rule, decayed_weights, scale_by_dirichlet
+from dartax._rule import Rule
+from dartax._transform import Implementation, decayed_weights, scale_by_dirichlet
 
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0
@@ -61,7 +62,7 @@ def paper_rule(
         mu = moving_average(moments.hyper_mu, gradient, b1)
         nu = moving_average(moments.hyper_nu, gradient**2, b2)
         num = context.num
-        step = f32(eta) * debias(mu, b1, num) / (jnp.sqrt(debias(nu, b2, num)) + f32(eps))
+        step = f32(eta) * debias(mu, b1, num) / (root(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, moments._replace(hyper_mu=mu, hyper_nu=nu), jnp.ones_like(h)
 

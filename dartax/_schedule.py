@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax import _check
+from dartax._averages import f32
+
 # Updates at which a schedule is looked at, eight in every octave: an end is found to 9 %.
 GRID = np.unique(np.round(2.0 ** np.arange(0.0, 30.1, 1 / 8)).astype(np.int32))
 # A schedule has ended where it stays this close to its last value, relative to its greatest.
@@ -41,6 +44,13 @@ def ending(learning_rate: optax.ScalarOrSchedule) -> Ending:
     ends = (last >= 0) & (last < len(GRID) - 8)  # still moving in the last octave: no end
     after = jnp.asarray(GRID)[jnp.minimum(last + 1, len(GRID) - 1)]
     return Ending(jnp.where(ends, after.astype(jnp.float32), 0.0), jnp.where(ends, values[-1], 0.0))
+
+
+def value_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
+    """Value of the user's schedule, float32; counts are int32 arrays, as optax passes them."""
+    value = learning_rate(count) if callable(learning_rate) else learning_rate
+    _check.scalar("learning_rate(count)", value, "return a number from the schedule")
+    return f32(value)
 
 
 def annealing(end: Ending, multiplier: jax.Array) -> jax.Array:

@@ -21,8 +21,7 @@ the later ones while the rates grow by orders of magnitude. The decay of the wei
 it is there for another loss than the one that gives the gradient.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,75 +33,11 @@ from dartax._blocks import Labels, PyTree
 from dartax._draw import Draw, draw_shares
 from dartax._fusable import fusable
 from dartax._half import in_float32
-from dartax._schedule import annealing, ending, fallen
+from dartax._rule import Rule, context_of
+from dartax._schedule import ending, value_at
 from dartax._state import VERSION, Moments, ScaleByDartState, check_state, next_key
 
 Implementation = Literal["fused", "plain"]
-
-
-class Context(NamedTuple):
-    """What a rule may know beside the gradient.
-
-    Attributes:
-      num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
-      weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
-      progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
-      power: Mean square of their directions over that under white noise, ``[K]``.
-      schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
-        not. float32 scalar, as the others.
-      schedule_fall: How far the logarithm of the schedule has fallen since the last update.
-      annealing: Fraction of its present value that the schedule will still lose, in [0, 1].
-    """
-
-    num: jax.Array
-    weight_rms: jax.Array
-    progress: jax.Array
-    power: jax.Array
-    schedule_steps: jax.Array
-    schedule_fall: jax.Array
-    annealing: jax.Array
-
-
-class Rule(NamedTuple):
-    """How the concentrations start and move.
-
-    Attributes:
-      init: From the number of blocks K to the concentrations ``[C]``, C >= K. The first K
-        belong to the blocks; a further one is budget that no block spends.
-      learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, context) to the new
-        concentration and moments, and to the factor of the memory of past steps, ``[K]`` in
-        [0, 1].
-      of_log: Whether the hypergradient is with respect to log pi, not to the rates.
-      uses_walk: Whether it looks at progress and power.
-    """
-
-    init: Callable[[int], jax.Array]
-    learn: Callable[
-        [jax.Array, Draw, jax.Array, Moments, Context],
-        tuple[jax.Array, Moments, jax.Array],
-    ]
-    of_log: bool
-    uses_walk: bool
-
-
-def context_of(state: ScaleByDartState, length: jax.Array, multiplier: jax.Array) -> Context:
-    """What the rule may know.
-
-    Args:
-      state: The state after the last update.
-      length: Squared length of its memory, ``[K]``.
-      multiplier: Present value of the user's schedule.
-    """
-    num = state.count - state.skipped
-    return Context(
-        num=num,
-        weight_rms=state.weight_rms,
-        progress=_walk.progress(state.walk, length),
-        power=_walk.power(state.walk, num),
-        schedule_steps=state.schedule.steps,
-        schedule_fall=fallen(state.last_multiplier, multiplier),
-        annealing=annealing(state.schedule, multiplier),
-    )
 
 
 def is_blind(num: jax.Array, h: jax.Array, squares: jax.Array, moments: Moments) -> jax.Array:
@@ -119,13 +54,6 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
     return optax.add_decayed_weights(weight_decay, mask)
-
-
-def _multiplier(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
-    """Value of the user's schedule, float32; counts are int32 arrays, as optax passes them."""
-    value = learning_rate(count) if callable(learning_rate) else learning_rate
-    _check.scalar("learning_rate(count)", value, "return a number from the schedule")
-    return f32(value)
 
 
 def scale_by_dirichlet(
@@ -184,7 +112,7 @@ def scale_by_dirichlet(
         # One buffer for each field: a donated state must not hold an array twice.
         per_component = lambda: jnp.zeros_like(concentration)  # noqa: E731
         per_block = lambda: jnp.zeros(num_blocks, jnp.float32)  # noqa: E731
-        multiplier = _multiplier(learning_rate, jnp.zeros([], jnp.int32))
+        multiplier = value_at(learning_rate, jnp.zeros([], jnp.int32))
         return ScaleByDartState(
             version=jnp.asarray(VERSION, jnp.int32),
             count=jnp.zeros([], jnp.int32),
@@ -229,7 +157,7 @@ def scale_by_dirichlet(
         h, length, squares, usable = score(updates, grad, value, state.step_memory, blocks)
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        multiplier = _multiplier(learning_rate, state.count)
+        multiplier = value_at(learning_rate, state.count)
         context = context_of(state, length, multiplier)
         concentration, moments, keep = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax._averages import root
 from dartax._blocks import PyTree
 
 # Average of the mean square of the directions, over about 20 updates.
@@ -160,7 +161,7 @@ def advance(
     """
     white = walk.white_noise
     squares = jnp.minimum(squares, LARGEST_LENGTH**2)
-    length = jnp.minimum(weights * jnp.sqrt(squares), LARGEST_LENGTH)
+    length = jnp.minimum(weights * root(squares), LARGEST_LENGTH)
     overlap = keep * walk.overlap
     return walk._replace(
         free=keep**2 * walk.free + 2 * length * overlap + length**2,

@@ -10,11 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDER = "tests/eight_devices/test_devices.py"
-# Two processes share the work, and xdist shares the processes out.
-EXPLICIT = "explicit_mesh"
 PARTS = {
-    "explicit meshes": [FOLDER, "-k", EXPLICIT],
-    "other meshes": [FOLDER, "-k", f"not {EXPLICIT}"],
+    "meshes": [FOLDER],
     "training runs": [
         "tests/test_experiments.py::test_a_mesh_ends_where_one_device_ends_and_takes_over_its_run",
         "tests/test_experiments.py::test_bad_mesh",
@@ -25,8 +22,9 @@ PARTS = {
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only of a CPU there can be eight")
 @pytest.mark.parametrize("part", PARTS)
-def test_with_eight_devices(part):
+def test_with_eight_devices(part, pytestconfig):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-m", pytestconfig.option.markexpr]
     done = subprocess.run(
         [*command, *PARTS[part]],
         cwd=ROOT,

@@ -21,9 +21,7 @@ ROWS = {
     "dart_lion": functools.partial(dartax.dart, inner=optax.scale_by_lion()),
     "dart_inner_lion": functools.partial(dartax.dart, inner=dartax.inner.lion()),
     "dart_inner_momentum": functools.partial(dartax.dart, inner=dartax.inner.momentum()),
-    "dart_muon": lambda **kwargs: dartax.dart(
-        inner=optax.chain(optax.contrib.muon(1.0), optax.scale(-1.0)), **kwargs
-    ),
+    "dart_muon": functools.partial(dartax.dart, inner=dartax.inner.muon()),
     "dart_adabelief": functools.partial(dartax.dart, inner=optax.scale_by_belief()),
     # A budget of 0.1 is beyond what SGD can spend on Rosenbrock's function.
     "paper_dart": functools.partial(dartax.paper_dart, rate_budget=2e-3),

@@ -191,7 +191,7 @@ def test_whatever_is_fed(name):
     rows = st.tuples(gradients, hnp.arrays(np.float32, (STEPS, 1), elements=numbers), st.booleans())
     fed = rows.map(lambda r: np.broadcast_to(r[1], r[0].shape).copy() if r[2] else r[0])
 
-    @quick(max_examples=150)
+    @quick(max_examples=75)
     @hypothesis.given(ROWS[name][1], fed)
     def holds(options, gradients):
         check(name, options, gradients)
@@ -222,7 +222,7 @@ def test_any_tree(make):
         updates, after = optimizer.update(params, state, params)
         return updates, state, after, dartax.learning_rates(after, params)
 
-    @quick(max_examples=25)
+    @quick(max_examples=12)
     @hypothesis.given(trees)
     def holds(params):
         updates, state, after, rates = jax.eval_shape(step, params)

@@ -514,6 +514,7 @@ def test_configs_that_the_data_rule_out(small_files):
         tasks.build(tiny("shakespeare", context=61))
 
 
+@pytest.mark.slow
 def test_the_larger_comparison_runs_at_reduced_size(small_files, tmp_path):
     """The configuration for a GPU: its networks narrower, its runs two steps long."""
     config = compare.load(GPU_CONFIG, workdir=str(tmp_path / "results"), seeds=1)

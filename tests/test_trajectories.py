@@ -1,5 +1,6 @@
 """Both optimizers against the slow references, step by step, on shared draws."""
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,8 @@ import reference
 import dartax
 from dartax import _schedule, random
 from dartax._fused import _sample
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 STEPS = 50
 SHAPES = {"a": (3,), "b": (2, 2), "c": (4,)}
@@ -173,10 +176,14 @@ def test_shared_blocks_follow_the_reference():
     assert_equal_trajectories(got, expected)
 
 
-@pytest.mark.parametrize("inner", [None, optax.scale_by_adam(b2=0.99)])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"memory_decay": 0.0, "init_rate": 0.1}, {"weight_decay": 0.1, "init_rate": 1e-2}],
+    ("options", "inner"),
+    [
+        ({}, optax.scale_by_adam(b2=0.99)),
+        ({"weight_decay": 0.1, "init_rate": 1e-2}, None),
+        slow({"memory_decay": 0.0, "init_rate": 0.1}, None),
+        slow({"weight_decay": 0.1, "init_rate": 1e-2}, optax.scale_by_adam(b2=0.99)),
+    ],
 )
 def test_thin_memory_follows_the_reference(options, inner, monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)

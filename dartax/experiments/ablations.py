@@ -13,8 +13,9 @@ import optax
 from dartax import _dart
 from dartax._averages import Number, debias, f32
 from dartax._draw import Draw
+from dartax._rule import Rule
 from dartax._state import Moments
-from dartax._transform import Rule, scale_by_dirichlet
+from dartax._transform import scale_by_dirichlet
 from dartax.inner import adam
 
 

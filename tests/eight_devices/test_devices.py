@@ -46,9 +46,13 @@ def assert_lie_like(tree, params):
         assert leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize(
-    ("width", "layout"), [(16, "two axes"), *((64, layout) for layout in LAYOUTS)]
-)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+QUICK = "two axes"  # splits both axes of a kernel and the batch
+each_layout = [layout if layout == QUICK else slow(layout) for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("width", [slow(16), 64])
+@pytest.mark.parametrize("layout", each_layout)
 def test_ends_where_one_device_ends(width, layout):
     expected, expected_state = on_one_device(width)
     params, batch_sharding = placed(layout, make_params(*3 * [width]))
@@ -84,7 +88,7 @@ def fifty_plain_steps():
     return make, batches, train(make(implementation="plain"), make_params(), batches)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", each_layout)
 def test_fifty_fused_steps_end_where_plain_ones_on_one_device_end(layout, monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 1 << 14)  # all of the memory, as the plain one
     make, batches, expected = fifty_plain_steps()
@@ -105,7 +109,7 @@ def test_state_begins_where_its_parameters_lie(jitted):
         assert_lie_like(tree, params)
 
 
-@pytest.mark.parametrize("blocks", ["channel", "element"])
+@pytest.mark.parametrize("blocks", [slow("channel"), "element"])
 def test_rates_within_tensors_end_where_one_device_ends(blocks):
     expected, _ = on_one_device(blocks=blocks)
     params, batch_sharding = placed("two axes", make_params())
@@ -130,12 +134,13 @@ def test_explicit_mesh():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"implementation": "plain"},
-        {"inner": optax.scale_by_lion()},
-        {"inner": dartax.inner.lion(), "weight_decay": 0.1},
-        {"blocks": "channel"},
-        {"blocks": "element", "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+        slow({"implementation": "plain"}),
+        slow({"inner": optax.scale_by_lion()}),
+        slow({"inner": dartax.inner.lion(), "weight_decay": 0.1}),
+        {"inner": dartax.inner.muon()},
+        slow({"blocks": "channel"}),
+        slow({"blocks": "element", "weight_decay": 0.1}),
     ],
     ids=lambda options: "-".join(options),
 )

@@ -1,0 +1,76 @@
+"""What a rule is: how concentrations move, and what it may know for that."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from dartax import _walk
+from dartax._draw import Draw
+from dartax._schedule import annealing, fallen
+from dartax._state import Moments, ScaleByDartState
+
+
+class Context(NamedTuple):
+    """What a rule may know beside the gradient.
+
+    Attributes:
+      num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
+      weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
+      progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
+      power: Mean square of their directions over that under white noise, ``[K]``.
+      schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
+        not. float32 scalar, as the others.
+      schedule_fall: How far the logarithm of the schedule has fallen since the last update.
+      annealing: Fraction of its present value that the schedule will still lose, in [0, 1].
+    """
+
+    num: jax.Array
+    weight_rms: jax.Array
+    progress: jax.Array
+    power: jax.Array
+    schedule_steps: jax.Array
+    schedule_fall: jax.Array
+    annealing: jax.Array
+
+
+class Rule(NamedTuple):
+    """How the concentrations start and move.
+
+    Attributes:
+      init: From the number of blocks K to the concentrations ``[C]``, C >= K. The first K
+        belong to the blocks; a further one is budget that no block spends.
+      learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, context) to the new
+        concentration and moments, and to the factor of the memory of past steps, ``[K]`` in
+        [0, 1].
+      of_log: Whether the hypergradient is with respect to log pi, not to the rates.
+      uses_walk: Whether it looks at progress and power.
+    """
+
+    init: Callable[[int], jax.Array]
+    learn: Callable[
+        [jax.Array, Draw, jax.Array, Moments, Context],
+        tuple[jax.Array, Moments, jax.Array],
+    ]
+    of_log: bool
+    uses_walk: bool
+
+
+def context_of(state: ScaleByDartState, length: jax.Array, multiplier: jax.Array) -> Context:
+    """What the rule may know.
+
+    Args:
+      state: The state after the last update.
+      length: Squared length of its memory, ``[K]``.
+      multiplier: Present value of the user's schedule.
+    """
+    num = state.count - state.skipped
+    return Context(
+        num=num,
+        weight_rms=state.weight_rms,
+        progress=_walk.progress(state.walk, length),
+        power=_walk.power(state.walk, num),
+        schedule_steps=state.schedule.steps,
+        schedule_fall=fallen(state.last_multiplier, multiplier),
+        annealing=annealing(state.schedule, multiplier),
+    )
