@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax import _check
 from dartax._averages import root
 
 PyTree = Any
@@ -49,6 +50,23 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def path_names(tree: PyTree) -> list[str]:
+    """The paths of all leaves as text, no two alike.
+
+    Where a key has a slash, as in ``{"a/b": x, "a": {"b": y}}``, the later one of two equal paths
+    is ``a/b#2``.
+    """
+    names: dict[str, None] = {}  # in the order of the leaves
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        name = unique = path_name(path)
+        number = 1
+        while unique in names:
+            number += 1
+            unique = f"{name}#{number}"
+        names[unique] = None
+    return list(names)
+
+
 def check_params(params: PyTree) -> None:
     """Raises unless ``params`` has leaves and all are real floating arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -77,6 +95,22 @@ def check_params(params: PyTree) -> None:
                 f"params must have real floating dtypes, got {dtype} at '{path_name(path)}'; "
                 f"leave it to another transform with {fix}."
             )
+
+
+def params_of(updates: PyTree, params: PyTree) -> PyTree:
+    """``params`` without what ``updates`` has a ``None`` for.
+
+    A whole model may stand for the parameters, with functions and numbers that are not trained, as
+    optax allows.
+    """
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, params)]
+    if params is None or structures[0] == structures[1]:
+        return params
+    try:
+        trained = lambda update, part: None if update is None else part  # noqa: E731
+        return jax.tree.map(trained, updates, params, is_leaf=lambda node: node is None)
+    except (TypeError, ValueError):
+        return params  # a tree of another kind, which the checks tell
 
 
 def checked_updates(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> PyTree:
@@ -142,8 +176,8 @@ def number_blocks(params: PyTree, blocks: Labels) -> tuple[tuple[int, ...], int]
     labels: list[Any]
     if blocks is None or blocks == "tensor":
         labels = list(range(len(jax.tree.leaves(params))))
-    elif callable(blocks):
-        labels = [blocks(path_name(p)) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    elif _check.is_function(blocks):
+        labels = [blocks(path) for path in path_names(params)]
     else:
         try:
             labels = jax.tree.leaves(

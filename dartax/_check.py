@@ -5,8 +5,9 @@ that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparamet
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
+def is_function(value: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether ``value`` is to be called. A pytree that can be called, such as a module, is not."""
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
 def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool], fix: str) -> None:
     """Checks that ``value`` is a finite real number for which ``holds`` is true."""
     if is_number(value):
@@ -55,6 +61,12 @@ def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool],
         raise TypeError(f"{name} must be {constraint}, got {value!r}; {fix}.")
     elif value.shape != ():
         raise ValueError(f"{name} must be {constraint}, got shape {value.shape}; {fix}.")
+
+
+def within(name: str, value: Any, interval: str, fix: str) -> None:
+    """Checks a number in a closed interval, such as ``"[0.1, 10]"``."""
+    low, high = map(float, interval.strip("[]").split(","))
+    number(name, value, f"a number in {interval}", lambda v: low <= v <= high, fix)
 
 
 def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
@@ -118,6 +130,17 @@ def schedule(name: str, value: Any) -> None:
         )
 
 
+def not_a_rate(value: Any) -> None:
+    """Warns of a constant that looks like the rate of another optimizer."""
+    if is_number(value) and 0 < value <= 0.1:
+        warnings.warn(
+            f"learning_rate multiplies the rates that dart learns, and is no rate itself; got "
+            f"{value}, which makes every step that much shorter. Leave it out, or pass a schedule "
+            "that falls from 1 to 0.",
+            stacklevel=4,
+        )
+
+
 def scalar(name: str, value: Any, fix: str) -> Any:
     """Checks a real scalar, traced or not, of any value, and returns it."""
     if value is None or not (hasattr(value, "dtype") or isinstance(value, int | float)):
@@ -130,7 +153,7 @@ def scalar(name: str, value: Any, fix: str) -> Any:
 
 def mask(value: Any, name: str = "mask") -> None:
     """Checks a tree of bools, or a function that gives one."""
-    if callable(value):
+    if is_function(value):
         return
     for leaf in jax.tree.leaves(value):
         if np.asarray(leaf).dtype.kind != "b":

@@ -25,8 +25,8 @@ n_i in [0, 1] the noise of their directions (``_walk.py``). Then
     limit_i     = min(max(0.05, 10 / T), 20 / t) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
-                      min(0.05, 3 / t) * max(n_i * clip(2 - r_i, 0, 1), clip(1 - 2 r_i, 0, 1))
-                          - log(f_{t-1} / f_t))
+                      min(0.05, 3 / t) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - log(f_{t-1} / f_t))
+    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, clip(|z_i|^2 / |w_i|^2 - 1, 0, 1))
 
 The limit is also higher where a step is tiny beside the weights that it changes. A rate that is
 clearly too high, s near -1, falls at full speed.
@@ -37,7 +37,8 @@ former later. On a noisy objective, though, a hypergradient always ends a little
 (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), so
 there is no tolerance for noise. Where the steps follow noise, or undo one another, the rate falls
 as a power of 1 / t, as the optimal rates of noisy problems do. What the schedule takes from it at
-that step counts towards the fall.
+that step counts towards the fall. A schedule that will anneal the rate anyway makes the fall
+needless, unless noise has carried a block farther than its weights w_i were large.
 
 Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
 diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
@@ -79,8 +80,8 @@ FALL, RETREAT_BELOW = 3.0, -0.75
 # Where a gradient opposes the past steps by this many times its root mean square, the rate is
 # divided by SURPRISE.
 SURPRISE = 10.0
-# The largest concentration of a block is at most this many times ``concentration``. Where it would
-# be larger, the smallest fall below ``concentration``.
+# The largest concentration of a block is at most this many times ``concentration``. At that limit
+# the smallest fall below it.
 MAX_RATIO = 1e6
 # loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
@@ -100,17 +101,22 @@ def confined(context: Context) -> jax.Array:
     return jnp.clip(1 - 2 * context.progress, 0.0, 1.0)
 
 
+def weight_scale(context: Context) -> jax.Array:
+    """Root mean square of the weights of every block, ``[K]``; 0 where nothing is known.
+
+    Blocks of vectors take that of the smallest matrices.
+    """
+    known = context.weight_rms > 0
+    smallest = jnp.min(jnp.where(known, context.weight_rms, jnp.inf), initial=jnp.inf)
+    return jnp.where(known, context.weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
+
+
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
     steps = context.schedule_steps
     growth = jnp.maximum(GROWTH, jnp.where(steps > 0, SHORT_RUN / jnp.maximum(steps, 1.0), 0.0))
     limit = jnp.minimum(growth, RAMP / (1 + f32(context.num)))
-    weight_rms = context.weight_rms
-    # Blocks of vectors take the scale of the smallest matrices, if there are any.
-    positive = weight_rms > 0
-    smallest = jnp.min(jnp.where(positive, weight_rms, jnp.inf), initial=jnp.inf)
-    rms = jnp.where(positive, weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
-    limit *= jnp.maximum(SMALL_STEP * rms / rate, 1.0)
+    limit *= jnp.maximum(SMALL_STEP * weight_scale(context) / rate, 1.0)
     return jnp.minimum(limit, FAST_GROWTH) * (1 - confined(context))
 
 
@@ -122,7 +128,11 @@ def tolerance(context: Context) -> jax.Array:
 
 def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
-    astray = noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
+    scale = weight_scale(context)
+    distance = context.displacement / jnp.where(scale > 0, scale, 1.0)
+    carried_away = jnp.where(scale > 0, jnp.clip(distance**2 - 1, 0.0, 1.0), 1.0)
+    needed = jnp.maximum(1 - context.annealing, carried_away)
+    astray = needed * noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
     limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     annealed = limit * jnp.maximum(astray, confined(context)) - context.schedule_fall
     retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
@@ -270,14 +280,9 @@ def scale_by_dart(
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
+    _check.not_a_rate(learning_rate)
     _check.rates(init_rate, min_rate, rate_budget)
-    _check.number(
-        "concentration",
-        concentration,
-        "a number in [1e-4, 1e4]",
-        lambda v: MIN_CONCENTRATION <= v <= 1e4,
-        "10.0 is usual",
-    )
+    _check.within("concentration", concentration, "[1e-4, 1e4]", "10.0 is usual")
     _check.decay("memory_decay", memory_decay)
     _check.floating_dtype("memory_dtype", memory_dtype)
     _check.weight_decay(weight_decay)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dartax import _check
-from dartax._blocks import PyTree, path_name
+from dartax._blocks import PyTree, path_names
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
 from dartax._state import ScaleByDartState
@@ -93,7 +93,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
     """
     if max_rows is not None:
         _check.number("max_rows", max_rows, "None or at least 1", lambda v: v >= 1, "40 is usual")
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = path_names(params)
     sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
     tables = []
     states = find_states(opt_state)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax._blocks import PyTree, path_name
+from dartax._blocks import PyTree, path_names
 from dartax._history import load
 
 
@@ -127,11 +127,11 @@ def scale_by_learning_rates(
     """
 
     def init_fn(params: PyTree) -> optax.ScaleByScheduleState:
-        for path, _ in jax.tree_util.tree_leaves_with_path(params):
-            if path_name(path) not in schedules:
+        for path in path_names(params):
+            if path not in schedules:
                 raise ValueError(
                     "schedules must have one for every leaf of the parameters, got none for "
-                    f"'{path_name(path)}'; add it, or leave the leaf to another transform with "
+                    f"'{path}'; add it, or leave the leaf to another transform with "
                     "optax.masked."
                 )
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
@@ -141,11 +141,10 @@ def scale_by_learning_rates(
     ) -> tuple[PyTree, optax.ScaleByScheduleState]:
         del params
 
-        def scale(path, update):
-            rate = schedules[path_name(path)](state.count)
-            return -jnp.asarray(rate, update.dtype) * update
-
-        updates = jax.tree_util.tree_map_with_path(scale, updates)
+        leaves, structure = jax.tree.flatten(updates)
+        rates = [schedules[path](state.count) for path in path_names(updates)]
+        leaves = [-jnp.asarray(r, u.dtype) * u for r, u in zip(rates, leaves, strict=True)]
+        updates = jax.tree.unflatten(structure, leaves)
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)

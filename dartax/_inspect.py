@@ -13,7 +13,7 @@ from dartax._block_values import (
     rate_stds,
     used_rates,
 )
-from dartax._blocks import PyTree, path_name
+from dartax._blocks import PyTree, path_names
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._state import ScaleByDartState
 from dartax.contrib import ScaleBySharesState, factor_variances, mean_factors, used_factors
@@ -154,7 +154,7 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
       {'dart/expected_rate/dense/bias': 0.0001, 'dart/expected_rate/dense/kernel': 0.0001}
     """
     states = find_states(opt_state)
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = path_names(params)
     result: dict[str, jax.Array] = {}
     for label, (_, state) in zip(labels_of(states), states, strict=True):
         prefix = f"dart/{label}/" if label else "dart/"

@@ -154,13 +154,7 @@ def paper_dart(
         "rate_budget", rate_budget, "a positive number", positive, "the original's is 1e-1"
     )
     _check.below("min_rate", min_rate, "rate_budget", rate_budget)
-    _check.number(
-        "concentration",
-        concentration,
-        f"a number in [{MIN_ALPHA}, {MAX_ALPHA:g}]",
-        lambda v: MIN_ALPHA <= v <= MAX_ALPHA,
-        "the original's is 1.0",
-    )
+    _check.within("concentration", concentration, "[0.1, 10]", "the original's is 1.0")
     _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
     _check.decay("b1", b1)
     _check.decay("b2", b2)

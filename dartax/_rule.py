@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from dartax import _walk
+from dartax._averages import root
 from dartax._draw import Draw
 from dartax._schedule import annealing, fallen
 from dartax._state import Moments, ScaleByDartState
@@ -17,6 +19,8 @@ class Context(NamedTuple):
     Attributes:
       num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
+      displacement: Root mean square of the elements of the memory, how far the past steps moved
+        them, ``[K]``.
       progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
       power: Mean square of their directions over that under white noise, ``[K]``.
       schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
@@ -27,6 +31,7 @@ class Context(NamedTuple):
 
     num: jax.Array
     weight_rms: jax.Array
+    displacement: jax.Array
     progress: jax.Array
     power: jax.Array
     schedule_steps: jax.Array
@@ -56,18 +61,22 @@ class Rule(NamedTuple):
     uses_walk: bool
 
 
-def context_of(state: ScaleByDartState, length: jax.Array, multiplier: jax.Array) -> Context:
+def context_of(
+    state: ScaleByDartState, length: jax.Array, sizes: np.ndarray, multiplier: jax.Array
+) -> Context:
     """What the rule may know.
 
     Args:
       state: The state after the last update.
       length: Squared length of its memory, ``[K]``.
+      sizes: Number of the elements of the memory, ``[K]``.
       multiplier: Present value of the user's schedule.
     """
     num = state.count - state.skipped
     return Context(
         num=num,
         weight_rms=state.weight_rms,
+        displacement=root(length / np.maximum(sizes, 1)),
         progress=_walk.progress(state.walk, length),
         power=_walk.power(state.walk, num),
         schedule_steps=state.schedule.steps,

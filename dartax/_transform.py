@@ -53,7 +53,9 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
     """``optax.add_decayed_weights``, without need of the parameters for a decay of a Python 0."""
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return optax.identity()
-    return optax.add_decayed_weights(weight_decay, mask)
+    # optax would call a tree that can be called, such as a module.
+    chosen = mask if mask is None or _check.is_function(mask) else lambda _: mask
+    return optax.add_decayed_weights(weight_decay, chosen)
 
 
 def scale_by_dirichlet(
@@ -150,6 +152,7 @@ def scale_by_dirichlet(
         check_state(state)
         grad, value = extra_args.get("grad"), extra_args.get("value")
         blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.sample_phase)
+        params = _blocks.params_of(updates, params)
         given = {"updates": updates, "params": params, "grad": grad}
         updates = _blocks.checked_updates(given, state.step_memory, arithmetic.memory_shape)
 
@@ -158,7 +161,7 @@ def scale_by_dirichlet(
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
         multiplier = value_at(learning_rate, state.count)
-        context = context_of(state, length, multiplier)
+        context = context_of(state, length, blocks.sizes(state.step_memory), multiplier)
         concentration, moments, keep = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )

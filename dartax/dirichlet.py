@@ -59,12 +59,29 @@ def sample(key: jax.Array | int, concentration: jax.Array, shape: Sequence[int] 
     return jax.nn.softmax(random.loggamma(key, concentration, method="fast"), axis=-1)
 
 
+@jax.custom_jvp
+def _log_power(exponent: jax.Array, x: jax.Array) -> jax.Array:
+    """``exponent * log(x)``, 0 for an exponent of 0."""
+    return xlogy(exponent, x)
+
+
+@_log_power.defjvp
+def _log_power_jvp(primals, tangents):
+    (exponent, x), (exponent_dot, x_dot) = primals, tangents
+    # On the boundary the derivatives are those of the nearest point inside, and 0 with respect to
+    # an x that does not matter; 0 times infinity would be NaN.
+    inside = jnp.maximum(x, jnp.finfo(x.dtype).tiny)
+    slope = jnp.where(exponent == 0, 0.0, exponent / inside)
+    return xlogy(exponent, x), jnp.log(inside) * exponent_dot + slope * x_dot
+
+
 def log_prob(value: jax.Array, concentration: jax.Array) -> jax.Array:
     """Log density at ``value`` ``[..., C]`` on the simplex; returns ``[...]``."""
     concentration = _check_concentration(concentration)
     total = jnp.sum(concentration, axis=-1)
     normalizer = gammaln(total) - jnp.sum(gammaln(concentration), axis=-1)
-    return normalizer + jnp.sum(xlogy(concentration - 1.0, value), axis=-1)
+    value = jnp.asarray(value)
+    return normalizer + jnp.sum(_log_power(concentration - 1.0, value), axis=-1)
 
 
 def mean(concentration: jax.Array) -> jax.Array:

@@ -159,6 +159,10 @@ def log_derivative(log_x: jax.Array, a: jax.Array) -> jax.Array:
     return jnp.where(log_ratio < _LOG_MIN + 0.01, series, jnp.exp(log_v))
 
 
+# Greatest derivative of the log of a draw with respect to its concentration.
+STEEPEST = 1e30
+
+
 @jax.custom_jvp
 def _attach(log_x: jax.Array, a: jax.Array) -> jax.Array:
     """``log_x`` itself, with the implicit derivative with respect to ``a``."""
@@ -169,7 +173,10 @@ def _attach(log_x: jax.Array, a: jax.Array) -> jax.Array:
 @_attach.defjvp
 def _attach_jvp(primals, tangents):
     (log_x, a), (_, a_dot) = primals, tangents
-    return log_x, log_derivative(log_x, a) / a * a_dot
+    # Below a = 1e-15 it would overflow. Components that small have a share of 0 or 1, whose own
+    # derivative is 0, and 0 times infinity is NaN.
+    slope = jnp.minimum(log_derivative(log_x, a) / a, STEEPEST)
+    return log_x, slope * a_dot
 
 
 def _words(seed: jax.Array, number: int | np.ndarray) -> jax.Array:

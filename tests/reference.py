@@ -137,13 +137,14 @@ def dart(
         return left @ correlation @ left
 
     def evidence(i, t):
-        """Progress and power of a block."""
+        """Progress and power of a block, and the mean square of its memory."""
         members = [name for name in names if labels[name] == i]
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
         weights = 0.05 * 0.95 ** np.arange(t)[::-1]
         power = np.sum(weights * powers[i]) / np.sum(weights)
         power = power / white_power[i] if white_power[i] else 0.0
-        return length / free_walk(i), power
+        size = sum(kept_part(z[name], name).size for name in members)
+        return length / free_walk(i), power, length / size
 
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
@@ -167,13 +168,15 @@ def dart(
             annealing = 1 - multiplier(schedule_steps) / f if ends else 0.0
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
             for i in range(K):
-                progress, power = evidence(i, t)
+                progress, power, displacement = evidence(i, t)
                 noise = np.clip(2 - abs(np.log(power)) / 0.2, 0, 1) if power > 0 else 0.0
                 limit = min(max(0.05, 10 / schedule_steps), 20.0 / (1 + t))
                 limit = min(limit * max(2e-2 * rms[i] / rate[i], 1), 0.5)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
-                astray, confined = noise * np.clip(2 - progress, 0, 1), max(1 - 2 * progress, 0)
+                carried_away = np.clip(displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
+                astray = noise * np.clip(2 - progress, 0, 1) * max(1 - annealing, carried_away)
+                confined = max(1 - 2 * progress, 0)
                 change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
                 fall = min(0.05, 3.0 / (1 + t)) * max(astray, confined)

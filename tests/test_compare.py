@@ -275,6 +275,11 @@ def test_diverged_runs_are_counted(small):
     assert scored["cells"]["friedman"]["dart"]["ratio"] == pytest.approx(1.0)
     assert scored["cells"]["friedman"]["dart"]["standard_error"] == pytest.approx(0.1)
 
+    # Infinite from the first evaluation on is no better.
+    found["momo"]["test_loss"][0][0] = 4 * [None]
+    scored = scores.score(small, {"friedman": found})
+    assert scored["cells"]["friedman"]["momo"]["diverged"] == 2
+
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warm_up(schedule):

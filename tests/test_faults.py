@@ -26,6 +26,8 @@ array of the last checkpoint. Twenty kills in place of one: ``DARTAX_KILLS=20``.
 
 import contextlib
 import dataclasses
+import io
+import json
 import math
 import os
 import pickle
@@ -666,8 +668,87 @@ def test_mistakes_that_tyro_sees_name_the_flag(mistake, capsys):
     assert content(Path()) == {Path("a.toml"): b""}
 
 
-@pytest.mark.parametrize("words", [["train"], ["train", "--epochs", "3", "a.toml"], ["train", "--epochs", "3"]])  # fmt: skip
-def test_train_needs_a_file_before_all_else(words, dartax):
+@pytest.mark.parametrize("words", ["train --epochs 1 a.toml", "train a.toml --epochs 1"])
+def test_the_file_may_stand_anywhere(words, dartax):
+    config_lib.save(dataclasses.replace(TINY, workdir="a"), Path("a.toml"))
+    assert dartax(*words.split()) == (0, [])
+    assert read_metrics(Path("a/metrics.csv"))[-1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_backend_of_matplotlib_in_the_environment_does_not_matter(backend):
+    code = "import sys; from dartax.experiments import cli; sys.exit(cli.main(['plot', 'nothing']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MPLBACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("dartax: RUN must be a run folder")
+
+
+class Failing(io.TextIOBase):
+    """A stream on a full disk."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+    flush = write
+
+
+@pytest.mark.parametrize("stream", [None, Failing()])
+def test_what_cannot_be_printed_ends_no_run(stream, monkeypatch):
+    config_lib.save(dataclasses.replace(TINY, epochs=1, workdir="a"), Path("a.toml"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        assert cli.main(["train", "a.toml"]) == 0
+        assert sys.stdout is sys.stderr is stream
+    assert (Path("a") / "summary.json").exists()
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    command = f"{sys.executable} -m dartax.experiments.cli train --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("workdir", ["b\udcff", "a\nb"])
+def test_a_folder_that_cannot_be_written_as_text_is_refused(workdir, dartax):
+    config_lib.save(TINY, Path("a.toml"))
+    status, (said,) = dartax("train", "a.toml", "--workdir", workdir)
+    assert status == 2
+    assert f"workdir must be printable UTF-8, got {workdir!a}" in said
+    assert list(Path().iterdir()) == [Path("a.toml")]
+
+
+def test_a_workdir_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert Config(workdir="~/runs/x").workdir == "/somewhere/runs/x"
+    assert Config(workdir="runs/~x").workdir == "runs/~x"
+
+
+def test_a_diverged_run_is_told_and_its_summary_is_json(capsys):
+    options = {"learning_rate": 1e30}
+    optimizer = OptimizerConfig(name="adamw", **options)
+    config_lib.save(dataclasses.replace(TINY, workdir="a", optimizer=optimizer), Path("a.toml"))
+    assert cli.main(["train", "a.toml"]) == 0
+    assert "The run diverged: its test loss is not finite" in capsys.readouterr().out
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    summary = json.loads(Path("a/summary.json").read_text(), parse_constant=refuse)
+    assert summary["test_loss"] is None
+    assert cli.main(["report", "a"]) == 0
+    assert "The run diverged" in Path("a/report.html").read_text()
+    # A finished run is only told again.
+    assert cli.main(["train", "a.toml"]) == 0
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--epochs", "3"], ["train", "--epochs", "3", "a.toml", "b.toml"]])  # fmt: skip
+def test_train_needs_a_file(words, dartax):
     config_lib.save(TINY, Path("a.toml"))
     status, said = dartax(*words)
     assert (status, len(said)) == (2, 1)

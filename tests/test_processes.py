@@ -81,8 +81,8 @@ def whole(tmp_path_factory):
 
 def test_two_processes_end_where_one_ends(whole):
     workdir, (first, second) = whole
-    assert "test loss" in first
-    assert "test loss" not in second
+    assert "Test loss" in first
+    assert "Test loss" not in second
     summary = train_and_evaluate(config("runs/one", 3), progress=False)
     assert summary["processes"] == 1
     (step, leaves), (other_step, other_leaves) = final_state(workdir), final_state("runs/one")

@@ -62,6 +62,27 @@ def make_run(folder, blocks=(EVIL, "Dense_0/kernel", "Dense_1/kernel"), steps=6)
     return folder
 
 
+@pytest.mark.parametrize(
+    "losses",
+    [
+        (["nan"], ["nan"]),
+        (["2.0", "inf"], ["", "nan"]),
+        (["2.0"], [""]),
+        (["nan", "nan"], ["inf", "2.3"]),
+    ],
+)
+def test_a_page_on_runs_that_have_just_begun_or_diverged(losses, tmp_path):
+    run = make_run(tmp_path / "run", blocks=(), steps=len(losses[0]))
+    (run / "summary.json").unlink()
+    rows = [f"{10 * i},{a},{b}," for i, (a, b) in enumerate(zip(*losses, strict=True), 1)]
+    header = "step,train_loss,test_loss,test_accuracy"
+    (run / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert cli.main(["report", str(run)]) == 0
+    assert cli.main(["plot", str(run)]) == 0
+    text = Page(run / "report.html").text
+    assert f"Not finished: {10 * len(rows)} steps so far." in text
+
+
 class Page(html.parser.HTMLParser):
     """The tags of a page, its text, and the tags that were never closed."""
 

@@ -1,8 +1,11 @@
 """The command ``dartax``: runs a subcommand, and turns errors into messages and exit statuses."""
 
+import os
 import shlex
 import signal
 import sys
+
+from dartax.experiments import files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +18,14 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
       SystemExit: After ``--help`` (status 0), or if the arguments cannot be parsed (status 2).
     """
-    words = sys.argv[1:] if argv is None else argv
+    # Nothing is shown in a window, whatever the environment or a notebook says, and matplotlib
+    # refuses to be imported with a backend that it does not know.
+    os.environ["MPLBACKEND"] = "agg"
+    with files.unfailing_streams():
+        return _run(sys.argv[1:] if argv is None else argv)
+
+
+def _run(words: list[str]) -> int:
     command = shlex.join(["dartax", *words])
     try:
         from dartax.experiments import commands, config, data, devices, signals

@@ -38,7 +38,7 @@ def train(
       process_id: Number of this process, from 0.
     """
     del config  # run holds what it says
-    from dartax.experiments import devices
+    from dartax.experiments import devices, run_folder
     from dartax.experiments import train as train_lib
 
     where = (coordinator, processes, process_id)
@@ -51,8 +51,7 @@ def train(
     if (workdir / "rates.txt").exists():
         print((workdir / "rates.txt").read_text(encoding="utf-8"), end="")
     print(
-        f"test loss {summary['test_loss']:.4f}, test accuracy "
-        f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
+        f"{run_folder.outcome(summary)} after {summary['epochs']} epochs "
         f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}, "
         f"more by dartax report {workdir}"
     )
@@ -170,6 +169,7 @@ def run(words: Sequence[str]) -> None:
       SystemExit: After ``--help``, or if tyro cannot parse the words.
       ConfigError: If the configuration is invalid.
     """
+    words = _config_first(words)
     words, default = _with_options(words, _read_config(words))
     tyro.extras.subcommand_cli_from_dict(
         {
@@ -185,6 +185,15 @@ def run(words: Sequence[str]) -> None:
         args=words,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+
+
+def _config_first(words: Sequence[str]) -> Sequence[str]:
+    """``train --epochs 3 a.toml`` as ``train a.toml --epochs 3``, if one word ends in ``.toml``."""
+    files = [word for word in words[1:] if word.endswith(".toml")]
+    if words[:1] != ["train"] or len(files) != 1 or words[1] == files[0]:
+        return words
+    rest = [word for word in words[1:] if word != files[0]]
+    return ["train", files[0], *rest]
 
 
 def _read_config(words: Sequence[str]) -> Config:

@@ -417,7 +417,10 @@ def rounded(array: np.ndarray) -> Any:
 
 def write_cells(workdir: Path, task: str, content: Mapping[str, Any]) -> None:
     """Writes the cells of a task, one per line, to make diffs readable."""
-    lines = [f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in sorted(content.items())]
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(cell, allow_nan=False)}"
+        for name, cell in sorted(content.items())
+    ]
     write_whole(workdir / f"{task}.json", "{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -7,6 +7,7 @@ including the seeds, is a field.
 import dataclasses
 import difflib
 import math
+import os
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -136,6 +137,13 @@ class Config:
             raise ConfigError(f"seed must be an int in [0, 2**32), got {self.seed}; pass 0.")
         if not self.workdir or "\0" in self.workdir:
             raise ConfigError(f"workdir must be a folder, got {self.workdir!r}; pass e.g. runs/a.")
+        if not self.workdir.isprintable() or any("\ud800" <= c <= "\udfff" for c in self.workdir):
+            raise ConfigError(
+                f"workdir must be printable UTF-8, got {self.workdir!a}; pass e.g. runs/a."
+            )
+        # (Path.expanduser raises for users that do not exist.)
+        home = os.path.expanduser(self.workdir)  # noqa: PTH111
+        object.__setattr__(self, "workdir", home)
         if not self.checkpoint_seconds >= 0:
             raise ConfigError(
                 "checkpoint_seconds must be a non-negative number, got "

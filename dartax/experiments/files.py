@@ -1,7 +1,11 @@
-"""Atomic writes: a file is complete or absent, even after a kill or on a full disk."""
+"""Files that are complete or absent, even after a kill, and streams that never fail."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -16,3 +20,48 @@ def write_whole(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)  # the disk may be full
         raise
     partial.replace(path)
+
+
+class Unfailing:
+    """A text stream that loses what cannot be written: nobody reads it, or the disk is full.
+
+    What a command prints is not what it is run for.
+    """
+
+    def __init__(self, stream: Any):
+        # There is none if its file descriptor was closed, as by ``2>&-``.
+        self._stream = Path(os.devnull).open("w") if stream is None else stream  # noqa: SIM115
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Writes ``text`` if that is possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes if that is possible."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            # Python would try again when it ends, and fail.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unfailing_streams() -> Iterator[None]:
+    """Makes ``sys.stdout`` and ``sys.stderr`` :class:`Unfailing`."""
+    streams: Any = sys.stdout, sys.stderr
+    ours: Any = [Unfailing(stream) for stream in streams]
+    sys.stdout, sys.stderr = ours
+    try:
+        yield
+    finally:
+        for stream in ours:
+            stream.flush()
+        sys.stdout, sys.stderr = streams

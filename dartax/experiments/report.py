@@ -14,7 +14,7 @@ from dartax.experiments import plots
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 from dartax.experiments.plots import Columns
-from dartax.experiments.run_folder import read_summary
+from dartax.experiments.run_folder import outcome, read_summary
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 CAPTIONS = {
@@ -93,8 +93,7 @@ def _lead(summary: dict[str, Any], columns: Columns) -> str:
     if not summary:
         return f"Not finished: {columns['step'][-1]:,.0f} steps so far."
     return (
-        f"Test loss {summary['test_loss']:.4f}, test accuracy "
-        f"{100 * summary['test_accuracy']:.2f} % after {summary['epochs']} epochs "
+        f"{outcome(summary)} after {summary['epochs']} epochs "
         f"({summary['steps']:,} steps, {summary['wall_s']:,.0f} s)."
     )
 
@@ -134,9 +133,15 @@ def _embedded(figure: Figure) -> str:
 def _in_words(name: str, columns: Columns) -> str:
     """Describes a picture for readers who cannot see it."""
     if name == "loss":
-        train, test = columns["train_loss"], columns["test_loss"][np.isfinite(columns["test_loss"])]
-        words = f"the training loss goes from {train[0]:.3g} to {train[-1]:.3g}"
-        return words + (f", the test loss from {test[0]:.3g} to {test[-1]:.3g}." * bool(len(test)))
+        words = [
+            f"the {what} loss goes from {finite[0]:.3g} to {finite[-1]:.3g}"
+            for what, values in (
+                ("training", columns["train_loss"]),
+                ("test", columns["test_loss"]),
+            )
+            if len(finite := values[np.isfinite(values)])
+        ]
+        return (", ".join(words) or "no loss is finite") + "."
     history = load(columns)
     if name == "budget":
         spent = history["spent"][:, 0]

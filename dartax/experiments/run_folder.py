@@ -67,18 +67,35 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` as JSON."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    """Writes ``content`` as JSON, which has no word for NaN and infinity: they become null."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: strict(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    write_whole(path, json.dumps(strict(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_summary(workdir: Path) -> dict[str, Any] | None:
     """Reads ``summary.json``; returns ``None`` if it is missing or damaged."""
     try:
         summary = json.loads((workdir / "summary.json").read_text())
-        complete = all(isinstance(summary[name], int | float) for name in SUMMARY_FIGURES)
+        # (A figure that is not finite is null.)
+        complete = all(isinstance(summary[name], int | float | None) for name in SUMMARY_FIGURES)
     except (FileNotFoundError, KeyError, RecursionError, TypeError, ValueError):
         return None
     return summary if complete else None
+
+
+def outcome(summary: dict[str, Any]) -> str:
+    """The result of a run in words; figures that are not finite are null in a summary."""
+    loss, accuracy = summary["test_loss"], summary["test_accuracy"]
+    if loss is None or accuracy is None:
+        return "The run diverged: its test loss is not finite"
+    return f"Test loss {loss:.4f}, test accuracy {100 * accuracy:.2f} %"
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

@@ -153,7 +153,7 @@ def _score_cell(
         # Time of a run relative to the target, without compilation.
         "time": cell["seconds_per_run"] / target_seconds,
         # A final loss far above the first evaluation counts as diverged too.
-        "diverged": int(np.sum(~(final <= 1.5 * curves[index, :, 0]))),
+        "diverged": int(np.sum(~np.isfinite(final) | ~(final <= 1.5 * curves[index, :, 0]))),
     }
     if entrant.values:
         result["values"] = list(entrant.values)

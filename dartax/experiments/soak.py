@@ -149,7 +149,7 @@ def run(
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes the results, with one record per line."""
-    text = json.dumps(content, indent=1)
+    text = json.dumps(content, indent=1, allow_nan=False)
     write_whole(path, re.sub(r"(?<=[\[,])\n\s+(?=[-\dn])|(?<=[\dl])\n\s+(?=\])", "", text) + "\n")
 
 

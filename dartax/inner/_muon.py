@@ -121,7 +121,7 @@ def muon(
     _check.mask(matrices, "matrices")
 
     def labels(tree):
-        chosen = matrices(tree) if callable(matrices) else matrices
+        chosen = matrices(tree) if _check.is_function(matrices) else matrices
         if chosen is None:
             chosen = jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2, tree)
 
