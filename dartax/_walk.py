@@ -45,7 +45,7 @@ from dartax._blocks import PyTree
 # Average of the mean square of the directions, over about 20 updates.
 POWER_DECAY = 0.95
 # Within this of 1, in logarithms, power is that of noise; from twice as far on it is not.
-NOISE_WIDTH = 0.2
+NOISE_WIDTH = 0.3
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15
 
