@@ -256,6 +256,7 @@ class Carry(NamedTuple):
 
     params: PyTree
     opt_state: PyTree
+    world: PyTree = ()
 
 
 class Program(NamedTuple):
@@ -271,6 +272,7 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
 
     A run is given by its seed and its value of the swept option, which are traced.
     """
+    world = task.world
     if config.schedule and entrant.name not in optimizers.SCHEDULE_FREE:
         entrant = dataclasses.replace(entrant, schedule=config.schedule)
 
@@ -289,7 +291,8 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
         key = jax.random.key(seed)
         params = task.init(jax.random.fold_in(key, 0))
         opt_state = optimizer(seed, value).init(params)
-        return Carry(params, opt_state), task.batches(jax.random.fold_in(key, 1))
+        state = world.start(jax.random.fold_in(key, 3)) if world else ()
+        return Carry(params, opt_state, state), task.batches(jax.random.fold_in(key, 1))
 
     def interval(carry, batches, seed, value, data):
         def step(carry, batch):
@@ -297,9 +300,23 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
             updates, opt_state = optimizer(seed, value).update(
                 grads, carry.opt_state, carry.params, value=loss
             )
-            return Carry(optax.apply_updates(carry.params, updates), opt_state), loss
+            params = optax.apply_updates(carry.params, updates)
+            return carry._replace(params=params, opt_state=opt_state), loss
 
-        carry, losses = jax.lax.scan(step, carry, batches)
+        def learn(carry, batches):
+            return jax.lax.scan(step, carry, batches)
+
+        def act_and_learn(carry, batches):
+            assert world is not None
+            state, batches = world.collect(carry.params, data, carry.world, batches)
+            carry, losses = learn(carry._replace(world=()), batches)
+            return carry._replace(world=state), losses
+
+        if world is None:
+            carry, losses = learn(carry, batches)
+        else:
+            periods = jax.tree.map(lambda b: b.reshape(-1, world.period, *b.shape[1:]), batches)
+            carry, losses = jax.lax.scan(act_and_learn, carry, periods)
         return carry, jnp.mean(losses)
 
     def evaluate(carry, data):
@@ -341,6 +358,12 @@ def run_cell(
     task = tasks.build(task_config)
     runs = [(v, s) for v in entrant.values or (math.nan,) for s in range(config.seeds)]
     group, steps = min(config.group, len(runs)), task_config.steps // config.evaluations
+    if task.world and steps % task.world.period:
+        raise ConfigError(
+            f"tasks.{task_name}.steps over the {config.evaluations} evaluations must be a multiple "
+            f"of {task.world.period}, the steps between two rollouts, got {steps}; pass e.g. "
+            f"steps = {config.evaluations * -(-steps // task.world.period) * task.world.period}."
+        )
     # The last group is padded to the same size, because another size would compile again.
     groups = [
         [runs[min(first + i, len(runs) - 1)] for i in range(group)]
@@ -385,6 +408,7 @@ def run_cell(
         "test_loss": rounded(curves[..., 0]),
         "train_loss": rounded(curves[..., 1]),
         **({"test_error": rounded(curves[..., 2])} if task.test_error else {}),
+        **({"ceiling": task.world.ceiling} if task.world else {}),
         "seconds_per_run": round((time.monotonic() - start) / (len(groups) * group), 3),
         "compile_seconds": round(compile_s, 2),
         "device": jax.devices()[0].device_kind,

@@ -29,7 +29,28 @@ Problem = Literal[
     "vae",
     "embeddings",
     "fine_tuning",
+    "ppo_cartpole",
+    "ppo_pendulum",
+    "dqn_cartpole",
 ]
+
+
+class World(NamedTuple):
+    """What an agent acts in, for a task whose data depend on the parameters.
+
+    Attributes:
+      start: Makes the first state, of environments and memories, from a key.
+      collect: Maps ``(params, data, state, batches)`` to the next state and to what the losses of
+        the next ``period`` steps are given in place of their ``batches``; both have leading axis
+        ``[period]``. Called before every ``period``-th step.
+      period: Steps between two calls of ``collect``.
+      ceiling: The test loss is this number minus the mean return of episodes.
+    """
+
+    start: Callable[[jax.Array], PyTree]
+    collect: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    period: int
+    ceiling: float
 
 
 class Task(NamedTuple):
@@ -48,6 +69,7 @@ class Task(NamedTuple):
         wrongly, or ``None``.
       gradient: Maps ``(params, data, batch)`` to the loss and its gradient. ``None``: that of
         ``train_loss``.
+      world: What an agent acts in, if there is one.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -58,6 +80,7 @@ class Task(NamedTuple):
     metric: str
     test_error: Callable[[PyTree, PyTree], jax.Array] | None = None
     gradient: Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]] | None = None
+    world: World | None = None
 
     def value_and_grad(
         self, params: PyTree, data: PyTree, batch: PyTree
@@ -98,8 +121,8 @@ class TaskConfig:
     steps: int
     """Number of batches."""
     batch_size: int = 64
-    """Examples per step: text windows of shakespeare, collocation points of burgers. Determines
-    the gradient noise of quadratic."""
+    """Examples per step: text windows of shakespeare, collocation points of burgers, transitions of
+    ppo and dqn. Determines the gradient noise of quadratic."""
     layers: tuple[int, ...] = (128, 128)
     """Hidden widths of an MLP, channels of a ConvNet, blocks per stage of a ResNet, lengths of the
     vectors of quadratic."""

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dartax.experiments import control_tasks, robust_tasks
 from dartax.experiments import data as data_lib
-from dartax.experiments import robust_tasks
 from dartax.experiments.config import ConfigError
 from dartax.experiments.models import MLP, ConvNet, ResNet, Transformer
 from dartax.experiments.task import (
@@ -67,6 +67,8 @@ def build(config: TaskConfig) -> Task:
             return _burgers(config)
         case "quadratic":
             return _quadratic(config)
+        case "ppo_cartpole" | "ppo_pendulum" | "dqn_cartpole":
+            return getattr(control_tasks, config.problem)(config)
         case _:
             return getattr(robust_tasks, config.problem)(config)
 
