@@ -155,6 +155,8 @@ def _score_cell(
         # A final loss far above the first evaluation counts as diverged too.
         "diverged": int(np.sum(~np.isfinite(final) | ~(final <= 1.5 * curves[index, :, 0]))),
     }
+    if "ceiling" in cell:
+        result["return"] = cell["ceiling"] - result["mean"]
     if entrant.values:
         result["values"] = list(entrant.values)
         result["means"] = curves[..., -1].mean(-1).tolist()
@@ -223,7 +225,7 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
         row = [f"{cells[t][name]['ratio']:.3f}" if name in cells[t] else "" for t in tasks]
         row += [f"{overall[name][key]:.3f}" for key in ("ratio", "worst_ratio", "time")]
         rows.append([name, *row, str(overall[name]["diverged"])])
-    lines = [*aligned(rows), ""]
+    lines = [*aligned(rows), "", *_returns(tasks, names, cells)]
 
     rows = [[f"steps to {config.target}'s loss", *tasks, "area of profile"]]
     for name in names:
@@ -241,6 +243,20 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
             [["", task, f"{b['ratio']:.3f}", b["optimizer"]] for task, b in peers.items()]
         )
     return "\n".join([*lines, *_basins(config, scores)])
+
+
+def _returns(tasks: Sequence[str], names: Sequence[str], cells: Cells) -> list[str]:
+    """Formats the mean returns at the end and their standard errors, where there are any."""
+    tasks = [task for task in tasks if any("return" in cell for cell in cells[task].values())]
+    if not tasks:
+        return []
+    rows = [["mean return at the end", *tasks]]
+    for name in names:
+        found = [cells[task].get(name) for task in tasks]
+        rows.append(
+            [name, *(f"{c['return']:.1f} ± {c['standard_error']:.1f}" if c else "" for c in found)]
+        )
+    return [*aligned(rows), ""]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
