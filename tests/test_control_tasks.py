@@ -231,17 +231,17 @@ def test_dqn_forgets_the_oldest(monkeypatch):
     assert (before[:made] != after[:made]).any(1).all()
 
 
-def compared(problem, **settings):
+def compared(problem, rate=1e-2, **settings):
     return CompareConfig(
         seeds=2,
         evaluations=2,
-        group=2,
+        group=4,
         tasks={"task": tiny(problem, **{**SMALL[problem], **settings})},
         optimizers={
             "adamw": EntrantConfig(
-                "adamw", role="tuned", sweep="learning_rate", values=(1e-5, 1e-2)
+                "adamw", role="tuned", sweep="learning_rate", values=(1e-5, rate)
             ),
-            "free": EntrantConfig("schedule_free_adamw", schedule="constant", learning_rate=1e-2),
+            "dart": EntrantConfig("dart", role="dart"),
         },
     )
 
@@ -249,34 +249,32 @@ def compared(problem, **settings):
 @pytest.mark.parametrize(
     ("problem", "settings"),
     [
-        ("ppo_cartpole", {"steps": 480, "batch_size": 64}),
-        ("ppo_pendulum", {"steps": 1600, "batch_size": 64}),
-        ("dqn_cartpole", {"steps": 1920}),
+        ("ppo_cartpole", {"steps": 480}),
+        ("ppo_pendulum", {"steps": 1600}),
+        ("dqn_cartpole", {"steps": 3200, "rate": 3e-3, "layers": (64, 64)}),
     ],
 )
 def test_an_agent_learns(problem, settings):
-    """Returns under a good rate are above those under one that hardly changes anything."""
+    """Under a good rate the returns are above those under one that hardly changes anything."""
     config = compared(problem, **settings)
     cell = compare.run_cell(config, "task", "adamw", lambda _: None)
     (slow, fast) = np.array(cell["test_loss"])[..., -1].mean(-1)
-    assert fast < 0.8 * slow
+    assert fast < 0.85 * slow
     assert np.isfinite(cell["train_loss"]).all()
 
 
 def test_returns_are_in_a_table():
     config = compared("ppo_cartpole")
+    common = {"specification": {"task": {}}, "seconds_per_run": 1.0, "ceiling": 550.0}
     cells = {
-        name: compare.run_cell(config, "task", name, lambda _: None) for name in config.optimizers
+        "adamw": {"test_loss": [[[540, 500], [530, 510]], [[400, 50], [300, 60]]], **common},
+        "dart": {"test_loss": [[[500, 150], [500, 250]]], **common},
     }
     scored = scores.score(config, {"task": cells})
-    for name, cell in cells.items():
-        final = np.array(cell["test_loss"])[scores.counted(config, name, cell), :, -1]
-        assert scored["cells"]["task"][name]["return"] == pytest.approx(550 - final.mean())
-        row = f"{550 - final.mean():.1f} ± {abs(final[0] - final[1]) / 2:.1f}"
-        assert any(
-            line.startswith(name) and line.endswith(row)
-            for line in scores.table(config, scored).splitlines()
-        )
+    assert scored["cells"]["task"]["dart"]["return"] == 350
+    lines = [line.split() for line in scores.table(config, scored).splitlines()]
+    assert ["adamw", "495.0", "±", "5.0"] in lines
+    assert ["dart", "350.0", "±", "50.0"] in lines
 
 
 @pytest.mark.parametrize("problem", SMALL)

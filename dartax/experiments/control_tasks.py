@@ -379,9 +379,9 @@ def _episodes(environment: Environment, key: jax.Array) -> Episode:
 # ----------------------------------------------------------------------------------------- DQN
 
 # Steps in each environment between two updates of the target network, and updates of the agent.
-ACTING, UPDATES = 16, 32
+ACTING, UPDATES = 8, 32
 # Transitions that are kept: the last ones.
-CAPACITY = 128 * ACTING * ENVIRONMENTS
+CAPACITY = 256 * ACTING * ENVIRONMENTS
 # Part of the steps in which the part of random actions falls, and the latter at its end.
 EXPLORATION, LAST_EPSILON = 0.25, 0.05
 
@@ -396,7 +396,7 @@ class Replay(NamedTuple):
 def dqn_cartpole(config: TaskConfig) -> Task:
     """Deep Q-learning (Mnih et al., 2015) on CartPole, by an MLP.
 
-    Every 32 steps the target network becomes the present one, which then acts: 16 steps in each of
+    Every 32 steps the target network becomes the present one, which then acts: 8 steps in each of
     8 environments. The following steps learn from minibatches of ``batch_size`` transitions
     that are drawn from the last 16,384. Their targets depend on the target network alone, so they
     are computed at once. The loss is the squared error: the Huber loss made values diverge, because
