@@ -243,3 +243,14 @@ def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax
             squares = squares.at[block].add(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
             sizes[block] += leaf.size
     return jnp.minimum(root(squares / np.maximum(sizes, 1)), LARGEST_ROOT)
+
+
+def blind(num: jax.Array, h: jax.Array, squares: jax.Array, nu: jax.Array) -> jax.Array:
+    """Whether a block has gradients but has never had a hypergradient, bool ``[K]``.
+
+    ``squares`` are those of the gradient, ``nu`` is the second moment of hypergradients so far.
+
+    Then what the memory holds of its large tensors has had no gradients, as most rows of a table
+    may have none. Such a block forgets, and its samples move on by one row.
+    """
+    return (num > 0) & (squares > 0) & (h == 0) & (nu == 0)

@@ -33,9 +33,10 @@ import optax
 from dartax import _check
 from dartax._averages import Number, debias, f32, moving_average, root
 from dartax._blocks import Labels
+from dartax._decay import decayed_weights
 from dartax._draw import Draw
 from dartax._rule import Rule
-from dartax._transform import Implementation, decayed_weights, scale_by_dirichlet
+from dartax._transform import Implementation, scale_by_dirichlet
 
 # The published clip of the concentrations.
 MIN_ALPHA, MAX_ALPHA = 0.1, 10.0

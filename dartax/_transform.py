@@ -30,7 +30,9 @@ import optax
 from dartax import _blocks, _check, _fused, _plain, _walk, random
 from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
+from dartax._decay import decayed_weights
 from dartax._draw import Draw, draw_shares
+from dartax._eager import compiled_outside_jit
 from dartax._fusable import fusable
 from dartax._half import in_float32
 from dartax._rule import Rule, context_of
@@ -38,24 +40,6 @@ from dartax._schedule import ending, value_at
 from dartax._state import VERSION, Moments, ScaleByDartState, check_state, next_key
 
 Implementation = Literal["fused", "plain"]
-
-
-def is_blind(num: jax.Array, h: jax.Array, squares: jax.Array, moments: Moments) -> jax.Array:
-    """Whether a block has gradients but has never had a hypergradient, bool ``[K]``.
-
-    Then what the memory holds of its large tensors has had no gradients, as most rows of a table
-    may have none. Such a block forgets, and its samples move on by one row.
-    """
-    return (num > 0) & (squares > 0) & (h == 0) & (moments.hyper_nu == 0)
-
-
-def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
-    """``optax.add_decayed_weights``, without need of the parameters for a decay of a Python 0."""
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return optax.identity()
-    # optax would call a tree that can be called, such as a module.
-    chosen = mask if mask is None or _check.is_function(mask) else lambda _: mask
-    return optax.add_decayed_weights(weight_decay, chosen)
 
 
 def scale_by_dirichlet(
@@ -137,6 +121,10 @@ def scale_by_dirichlet(
             inner_state=inner.init(params),
         )
 
+    def blocks_in(state: ScaleByDartState) -> _blocks.Blocks:
+        check_state(state)
+        return _blocks.blocks_of(state.step_memory, labels, state.block_index, state.sample_phase)
+
     def score(updates, grad, value, memory, blocks):
         """h, |z|^2 and |g|^2 of every block, and whether gradients and loss are finite."""
         h, length, squares = arithmetic.judge(updates, memory, blocks)
@@ -149,9 +137,8 @@ def scale_by_dirichlet(
         return h, length, squares, usable
 
     def update_fn(updates, state, params=None, **extra_args):
-        check_state(state)
         grad, value = extra_args.get("grad"), extra_args.get("value")
-        blocks = _blocks.blocks_of(state.step_memory, labels, state.block_index, state.sample_phase)
+        blocks = blocks_in(state)
         params = _blocks.params_of(updates, params)
         given = {"updates": updates, "params": params, "grad": grad}
         updates = _blocks.checked_updates(given, state.step_memory, arithmetic.memory_shape)
@@ -175,23 +162,24 @@ def scale_by_dirichlet(
         # 4. Scale the directions. A skipped step has rates of 0.
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(moments.hyper_nu))
-        blind = is_blind(context.num, h, squares, moments)
-        blocks = blocks._replace(phase=state.sample_phase + blind)
+        blind = _blocks.blind(context.num, h, squares, moments.hyper_nu)
+        blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
             **{**extra_args, "step_memory": state.step_memory},
         )  # fmt: skip
         direction, _ = decay.update(direction, decay.init(params), params)
         weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
-        weights = jnp.where(taken, weights, 0.0)
         # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
         last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
         # A skipped step keeps the memory. But if only a hypergradient overflowed, it is emptied, or
         # every later step would be skipped.
-        keep = jnp.where(taken, jnp.where(blind, 0.0, f32(memory_decay) * keep), 1.0 - overflows)
+        keep = f32(memory_decay) * jnp.where(blind, 0.0, keep)
+        keep = jnp.where(taken, keep, jnp.where(overflows, 0.0, 1.0))
         updates, step_memory, squares = arithmetic.move(
-            direction, remembered, state.step_memory, last_rates, weights, keep, blocks
-        )
+            direction, remembered, state.step_memory, last_rates, jnp.where(taken, weights, 0.0),
+            keep, blocks,
+        )  # fmt: skip
         walk = _walk.advance(state.walk, keep, weights, squares, blocks.sizes(step_memory))
 
         # 5. Keep what the next gradient needs. A skipped step else changes only its counters.
@@ -209,4 +197,7 @@ def scale_by_dirichlet(
             skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    # (optax.inject_hyperparams makes a transform with arrays for numbers at every update.)
+    lasting = all(map(_check.is_number, (min_rate, rate_budget, memory_decay)))
+    update = compiled_outside_jit(update_fn, blocks_in) if lasting else update_fn
+    return optax.GradientTransformationExtraArgs(init_fn, update)

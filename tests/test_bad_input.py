@@ -61,9 +61,9 @@ def sentence(error):
         ({"init_rate": -1e-5}, ValueError, "init_rate must be a positive number, got -1e-05"),
         ({"init_rate": [1e-5]}, TypeError, r"init_rate must be a positive number, got \[1e-05\]"),
         ({"rate_budget": 0.0}, ValueError, "rate_budget must be a positive number, got 0.0"),
-        ({"rate_budget": 1e-6}, ValueError, "init_rate must be below rate_budget, got init_rate=1e-05 and rate_budget=1e-06"),
+        ({"rate_budget": 1e-6}, ValueError, "init_rate must be below rate_budget, got init_rate=0.0001 and rate_budget=1e-06"),
         ({"min_rate": NAN}, ValueError, "min_rate must be a non-negative number, got nan"),
-        ({"min_rate": 1e-5}, ValueError, "min_rate must be below init_rate, got min_rate=1e-05"),
+        ({"min_rate": 1e-4}, ValueError, "min_rate must be below init_rate, got min_rate=0.0001"),
         ({"concentration": 1e5}, ValueError, r"concentration must be a number in \[1e-4, 1e4\], got 100000.0"),
         ({"concentration": -10}, ValueError, "concentration must be a number in .* got -10"),
         ({"memory_decay": None}, TypeError, r"memory_decay must be a number in \[0, 1\), got None"),
@@ -330,7 +330,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 9, got 1 .* call init"
+            ValueError, match="state must have version 10, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

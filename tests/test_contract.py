@@ -356,17 +356,49 @@ def test_state_memory_is_twelve_bytes_per_parameter_of_small_tensors():
 
 
 def test_inner_transform_receives_extra_arguments():
-    seen = {}
-
-    def update(updates, state, params=None, *, value, **extra_args):
-        seen["value"] = value
-        return updates, state
+    def update(updates, state, params=None, *, value, scale=lambda value: value, **_):
+        return jax.tree.map(lambda u: scale(value) * u, updates), state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
     optimizer = dartax.dart(inner=inner)
     params = make_params()
-    optimizer.update(params, optimizer.init(params), params, value=3.0)
-    assert seen == {"value": 3.0}
+    state = optimizer.init(params)
+    once, _ = optimizer.update(params, state, params, value=1.0)
+    for arguments in ({"value": 3.0}, {"value": 1.0, "scale": lambda value: 3.0 * value}):
+        threefold, _ = optimizer.update(params, state, params, **arguments)
+        chex.assert_trees_all_close(threefold, jax.tree.map(lambda u: 3.0 * u, once), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [dartax.dart, functools.partial(dartax.dart, blocks="channel")])
+def test_updates_outside_jit_are_compiled_once(make):
+    calls = []
+
+    def schedule(count):
+        calls.append(count)
+        return jnp.where(count < 10, 1.0, 0.5)
+
+    optimizer = make(schedule)
+    params = make_params()
+    state = optimizer.init(params)
+    other, update = state, jax.jit(optimizer.update)
+    traced = []
+    for _ in range(4):
+        updates, state = optimizer.update(params, state, params)
+        traced.append(len(calls))
+        expected, other = update(params, other, params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+    assert traced[1] - traced[0] <= 1  # that of jax.jit
+    assert traced[1:] == 3 * [traced[1]]
+
+
+def test_infinities_inside_a_step_are_nobodys_business():
+    optimizer = dartax.dart()
+    params = make_params()
+    with jax.debug_infs(True):
+        state = optimizer.init(params)
+        for _ in range(3):
+            _, state = optimizer.update(params, state, params)
+    assert optax.tree.get(state, "skipped") == 0
 
 
 def test_schedule_multiplies_the_learned_rates():

@@ -151,7 +151,7 @@ def test_two_hundred_blocks():
     params = layers(200)
     state = dartax.dart().init(params)
     lines = dartax.describe(state, params).splitlines()
-    assert lines[-1] == "  … 160 more, 1e-05 to 1e-05: 160 not started"
+    assert lines[-1] == "  … 160 more, 0.0001 to 0.0001: 160 not started"
     assert max(map(len, lines)) <= 80
     assert len(words(dartax.describe(state, params, max_rows=None))) == 200
 

@@ -15,7 +15,7 @@ rows.
 
 Most rows of a table may have no gradients, and the sample none at all. So a sample has a *phase*,
 by which it is moved on in every bunch, row by row until it finds some
-(``dartax._transform.is_blind``).
+(``dartax._blocks.blind``).
 
 Gain: 0.1 to 0.6 bytes of state per parameter in place of 4, and on a CPU a step of 10 M parameters
 in 24 tensors takes 1.2 times as long as AdamW's in place of 1.7 (``dartax bench --sizes 1e7x24

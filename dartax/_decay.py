@@ -1,0 +1,17 @@
+"""Decoupled weight decay."""
+
+from typing import Any
+
+import optax
+
+from dartax import _check
+from dartax._averages import Number
+
+
+def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransformation:
+    """``optax.add_decayed_weights``, without need of the parameters for a decay of a Python 0."""
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return optax.identity()
+    # optax would call a tree that can be called, such as a module.
+    chosen = mask if mask is None or _check.is_function(mask) else lambda _: mask
+    return optax.add_decayed_weights(weight_decay, chosen)
