@@ -250,8 +250,12 @@ def compared(problem, rate=1e-2, **settings):
     ("problem", "settings"),
     [
         ("ppo_cartpole", {"steps": 480}),
-        ("ppo_pendulum", {"steps": 1600}),
-        ("dqn_cartpole", {"steps": 3200, "rate": 3e-3, "layers": (64, 64)}),
+        pytest.param("ppo_pendulum", {"steps": 1600}, marks=pytest.mark.slow),
+        pytest.param(
+            "dqn_cartpole",
+            {"steps": 3200, "rate": 3e-3, "layers": (64, 64)},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_agent_learns(problem, settings):

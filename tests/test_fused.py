@@ -17,6 +17,8 @@ from dartax._fused import _sample, _threefry
 pytestmark = pytest.mark.usefixtures("all_measured")
 
 STEPS = 50
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
 PARAMS = {
     "a": jnp.linspace(0.5, 1.5, 3),
     "b": jnp.linspace(-1, 1, 6).reshape(3, 2),
@@ -87,7 +89,13 @@ def test_every_inner_transform(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "memory_decay"), [("adam", 0.0), ("gradients", 0.0), *((name, 0.9) for name in PAIRS)]
+    ("name", "memory_decay"),
+    [
+        ("adam", 0.0),
+        ("optax adam", 0.9),
+        slow("gradients", 0.0),
+        *(slow(name, 0.9) for name in PAIRS if name != "optax adam"),
+    ],
 )
 def test_weight_decay_under_a_schedule(name, memory_decay):
     fused, plain = PAIRS[name]
@@ -102,14 +110,24 @@ def test_weight_decay_under_a_schedule(name, memory_decay):
 
 
 @pytest.mark.parametrize(
-    "blocks", ["channel", "element", {"a": 0, "b": 1, "c": 0}], ids=["channel", "element", "labels"]
+    "blocks",
+    [slow("channel"), "element", {"a": 0, "b": 1, "c": 0}],
+    ids=["channel", "element", "labels"],
 )
 def test_every_kind_of_blocks(blocks):
     assert_same_run(exact(blocks=blocks), exact(blocks=blocks, implementation="plain"))
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(jnp.bfloat16, 2e-2), (jnp.float16, 5e-3)])
-@pytest.mark.parametrize("inner", [None, optax.identity()], ids=["adam", "gradients"])
+@pytest.mark.parametrize(
+    ("inner", "dtype", "rtol"),
+    [
+        (None, jnp.bfloat16, 2e-2),
+        (optax.identity(), jnp.float16, 5e-3),
+        slow(None, jnp.float16, 5e-3),
+        slow(optax.identity(), jnp.bfloat16, 2e-2),
+    ],
+    ids=str,
+)
 def test_half_precision(inner, dtype, rtol):
     make = functools.partial(exact, inner=inner)
     assert_same_run(make(), make(implementation="plain"), dtype, rtol)
