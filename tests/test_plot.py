@@ -211,7 +211,7 @@ def test_several_darts():
     ).init(params)
     history = load([dartax.metrics(state, params)])
     assert history.labels == ("x", "y", "y")
-    np.testing.assert_allclose(history["concentration_total"], [[1e6, 2.0, 2.0]], rtol=1e-5)
+    np.testing.assert_allclose(history["concentration_total"], [[1e5, 2.0, 2.0]], rtol=1e-5)
     for draw in FUNCTIONS:
         # One step, too, makes a picture.
         png(draw([dartax.metrics(state, params)]))

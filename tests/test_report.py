@@ -128,7 +128,7 @@ def test_the_page_holds_everything(made):
     assert len(set(embedded)) == 14
     assert len({image["alt"] for image in images}) == 7
     assert (
-        "Loss: the training loss goes from 2 to 0.5, the test loss from 2.2 to 0.7."
+        "Loss: the training loss goes from 2 to 0.5, the test loss goes from 2.2 to 0.7."
         in images[0]["alt"]
     )
     assert "Dense_1/kernel 0.01" in images[1]["alt"]

@@ -63,7 +63,7 @@ class OptimizerConfig:
         "schedule_free_adamw",
     ] = "dart"
     """Name of the optimizer."""
-    inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion"] = "adam"
+    inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion", "muon"] = "adam"
     """Inner transform of dart. The second moment of optax_adam has a longer memory than adam."""
     blocks: Literal["tensor", "channel", "element"] = "tensor"
     """Size of a block of dart. Each block has its own learning rate."""

@@ -20,6 +20,7 @@ INNER: dict[str, Callable[[], optax.GradientTransformation | None]] = {
     "sgd": optax.identity,
     "momentum": dartax.inner.momentum,
     "lion": dartax.inner.lion,
+    "muon": dartax.inner.muon,
 }
 
 
