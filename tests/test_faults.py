@@ -694,7 +694,8 @@ class Failing(io.TextIOBase):
     def write(self, text):
         raise OSError(28, "No space left on device")
 
-    flush = write
+    def flush(self):
+        raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("stream", [None, Failing()])

@@ -20,6 +20,7 @@ import optax
 
 from dartax import _check
 from dartax._fusable import FusableUpdate, decayed_sum
+from dartax._fused._mesh import auto_sharded
 from dartax._half import as_half, widened
 from dartax.inner._adam import adam
 
@@ -71,7 +72,9 @@ def _orthogonal(momentum: float, steps: int) -> optax.GradientTransformationExtr
         def direction(g, m, like):
             ahead = (g + momentum * m).astype(jnp.float32)
             scale = ADAM_RMS * max(m.shape[-2:]) ** 0.5
-            return as_half((scale * orthogonalize(ahead, steps)).astype(g.dtype), like)
+            # Of sharded matrices XLA chooses where products lie.
+            found = auto_sharded(functools.partial(orthogonalize, steps=steps), ahead)
+            return as_half((scale * found).astype(g.dtype), like)
 
         return jax.tree.map(direction, gradient, trace, updates), OrthogonalState(trace)
 
