@@ -126,7 +126,7 @@ def test_every_kind_of_blocks(blocks):
         slow(None, jnp.float16, 5e-3),
         slow(optax.identity(), jnp.bfloat16, 2e-2),
     ],
-    ids=str,
+    ids=["adam-bfloat16", "gradients-float16", "adam-float16", "gradients-bfloat16"],
 )
 def test_half_precision(inner, dtype, rtol):
     make = functools.partial(exact, inner=inner)
