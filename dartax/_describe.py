@@ -86,10 +86,10 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}}
       >>> print(dartax.describe(dartax.dart().init(params), params))
       DART after 0 updates, 0 skipped: 2 not started
-      multiplier 1, rates in [0, 1], 2e-05 of the budget spent
+      multiplier 1, rates in [0, 1], 0.0002 of the budget spent
       block         size  E[rate]      std  last rate  health
-      dense/bias       2    1e-05  3.2e-06          0  not started
-      dense/kernel     6    1e-05  3.2e-06          0  not started
+      dense/bias       2   0.0001  3.2e-05          0  not started
+      dense/kernel     6   0.0001  3.2e-05          0  not started
     """
     if max_rows is not None:
         _check.number("max_rows", max_rows, "None or at least 1", lambda v: v >= 1, "40 is usual")
