@@ -11,6 +11,7 @@ import optax
 
 from dartax import _check
 from dartax._averages import root
+from dartax._complex import in_pairs, is_complex, pair_shape
 
 PyTree = Any
 Labels = PyTree | Callable[[str], Hashable] | None
@@ -68,7 +69,7 @@ def path_names(tree: PyTree) -> list[str]:
 
 
 def check_params(params: PyTree) -> None:
-    """Raises unless ``params`` has leaves and all are real floating arrays."""
+    """Raises unless ``params`` has leaves and all are floating or complex arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
 
     # Nodes of optax without leaves are no mistake: the MaskedNode of a partition label that nobody
@@ -88,12 +89,10 @@ def check_params(params: PyTree) -> None:
                 f"params must be arrays, got {leaf!r} at '{path_name(path)}'; take it out."
             )
         dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
-            fix = "optax.contrib.split_real_and_imaginary" if is_complex else "optax.masked"
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"params must have real floating dtypes, got {dtype} at '{path_name(path)}'; "
-                f"leave it to another transform with {fix}."
+                f"params must have floating or complex dtypes, got {dtype} at '{path_name(path)}'; "
+                "leave it to another transform with optax.masked."
             )
 
 
@@ -113,18 +112,20 @@ def params_of(updates: PyTree, params: PyTree) -> PyTree:
         return params  # a tree of another kind, which the checks tell
 
 
-def checked_updates(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> PyTree:
-    """The ``updates`` as JAX arrays; the trees must be like the parameters given to ``init``.
+def checked(trees: dict[str, PyTree], memory: PyTree, memory_shape: Shapes) -> list[PyTree]:
+    """The trees as real arrays; they must be like the parameters given to ``init``.
 
     Args:
-      trees: Arguments by name: ``updates``, and others, which may be ``None``.
+      trees: Arguments by name: ``updates``, ``params`` and others, which may be ``None``.
       memory: The memory of past steps, which holds all of a parameter or a sample of it.
       memory_shape: From the shape of a parameter to that of its sample.
     """
+    trees = {**trees, "params": params_of(trees["updates"], trees["params"])}
     for name, tree in trees.items():
         if tree is not None or name == "updates":
             _check_tree(name, tree, memory, memory_shape)
-    return jax.tree.map(jnp.asarray, trees["updates"])
+    trees["updates"] = jax.tree.map(jnp.asarray, trees["updates"])
+    return [in_pairs(tree) for tree in trees.values()]
 
 
 def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes) -> None:
@@ -143,19 +144,27 @@ def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes
     pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(memory), strict=True)
     for (path, update), leaf in pairs:
         given = jnp.shape(update)
-        if leaf.shape not in (given, memory_shape(given)):
-            sample = memory_shape(given)
-            sampled = f" (its sample has {sample})" if sample != given else ""
-            raise ValueError(
-                f"{name} must have the shapes of the parameters given to init, got "
-                f"{given}{sampled} instead of {leaf.shape} at '{path_name(path)}'; "
-                "call init again after changing the model."
+        shapes = {False: given, True: pair_shape(given)}
+        fits = {kind: leaf.shape in (own, memory_shape(own)) for kind, own in shapes.items()}
+        if fits[is_complex(update)]:
+            continue
+        if fits[not is_complex(update)]:
+            kind, fix = (
+                ("real", "take the gradient of a real loss")
+                if is_complex(update)
+                else ("complex", "pass the conjugate of what jax.grad gives")
             )
-        if jnp.issubdtype(jnp.result_type(update), jnp.complexfloating):
             raise TypeError(
-                f"{name} must be real, got {jnp.result_type(update)} at '{path_name(path)}'; "
-                "take the gradient of a real loss with respect to real parameters."
+                f"{name} must be {kind} where the parameters are, got {jnp.result_type(update)} at "
+                f"'{path_name(path)}'; {fix}."
             )
+        sample = memory_shape(given)
+        sampled = f" (its sample has {sample})" if sample != given else ""
+        raise ValueError(
+            f"{name} must have the shapes of the parameters given to init, got "
+            f"{given}{sampled} instead of {leaf.shape} at '{path_name(path)}'; "
+            "call init again after changing the model."
+        )
 
 
 def number_blocks(params: PyTree, blocks: Labels) -> tuple[tuple[int, ...], int]:

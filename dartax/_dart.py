@@ -277,6 +277,11 @@ def scale_by_dart(
     or the square of a hypergradient overflows float32, or if the loss is not finite, where it is
     passed as ``update(..., value=loss)``. Then the updates and ``last_rates`` are zero, and what is
     learned stays as it was; ``skipped`` counts it.
+
+    A complex leaf is one block. ``inner``, and a function as ``mask``, see its real and imaginary
+    parts side by side along the last axis: Adam normalizes each, and each has rates of its own for
+    channels or elements. As everywhere in optax, its gradient is the conjugate of what ``jax.grad``
+    gives.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)

@@ -30,6 +30,7 @@ import optax
 from dartax import _blocks, _check, _fused, _plain, _walk, random
 from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
+from dartax._complex import in_pairs, out_of_pairs
 from dartax._decay import decayed_weights
 from dartax._draw import Draw, draw_shares
 from dartax._eager import compiled_outside_jit
@@ -86,6 +87,7 @@ def scale_by_dirichlet(
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
+        params = in_pairs(params)
         _check.keeps_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
         # (The published rule does not look at its walk: nothing to measure.)
@@ -137,11 +139,10 @@ def scale_by_dirichlet(
         return h, length, squares, usable
 
     def update_fn(updates, state, params=None, **extra_args):
-        grad, value = extra_args.get("grad"), extra_args.get("value")
+        value = extra_args.get("value")
         blocks = blocks_in(state)
-        params = _blocks.params_of(updates, params)
-        given = {"updates": updates, "params": params, "grad": grad}
-        updates = _blocks.checked_updates(given, state.step_memory, arithmetic.memory_shape)
+        given = {"updates": updates, "params": params, "grad": extra_args.get("grad")}
+        updates, params, grad = _blocks.checked(given, state.step_memory, arithmetic.memory_shape)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
         h, length, squares, usable = score(updates, grad, value, state.step_memory, blocks)
@@ -192,6 +193,7 @@ def scale_by_dirichlet(
             hypergradient=h, last_draw=draw, last_multiplier=multiplier, sample_phase=blocks.phase,
             min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
         )  # fmt: skip
+        updates = out_of_pairs(updates, given["updates"])
         return updates, arithmetic.select(taken, if_taken, if_skipped)._replace(
             count=optax.safe_increment(state.count),
             skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
