@@ -62,8 +62,9 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       - ``not started``: No gradient has judged a rate yet: fewer than two updates.
       - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps.
       - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % of it where
-        less than 5 % is slack, and does not shrink; with ``paper_dart``: or its concentration is at
-        10, where the published formula clips it.
+        less than 5 % is slack, its steps agree, and longer steps of all blocks would have been
+        better. With ``paper_dart``: it has more than 95 %, or its concentration is at 10, where the
+        published formula clips it.
       - ``pinned at min``: The mean rate is within 5 % of a positive ``min_rate``; with
         ``paper_dart``: or the concentration is clipped at 0.1.
       - ``collapsed``: The standard deviation of the share is more than twice its mean (a

@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from dartax import _dart, _paper_dart, dirichlet
+from dartax import _dart, _paper_dart, _walk, dirichlet
 from dartax._averages import debias
 from dartax._block_values import (
     block_concentrations,
@@ -28,8 +29,8 @@ NEAR = 0.05
 WIDE = 2.0
 # A rate of dart that moves by at most this part per update has settled.
 STILL = 1e-3
-# paper_dart follows the sign of s wherever it points. The noise of an average over about 10 updates
-# stays within this: two of its standard deviations.
+# The noise of s, an average over about 10 updates, stays within this: two of its standard deviations.
+# paper_dart follows its sign wherever it points.
 NOISE = 0.5
 
 
@@ -47,6 +48,8 @@ class Block(NamedTuple):
       lift: Mean rate over ``min_rate``, less one.
       concentration: Concentration of the block.
       slack: Mean share of the budget that no block spends; ``None`` without a slack.
+      needed: Whether the block's steps agree, and longer steps of all blocks would have been better
+        at the last update, beyond the noise of s; of ``dart`` only.
       s: Mean of the last gradients over their root mean square, with its sign turned: near 1 where
         longer steps would have been better, near -1 where shorter ones would. See ``_dart.py``.
       change: Last change of the log concentration; of ``dart`` only.
@@ -62,6 +65,7 @@ class Block(NamedTuple):
     lift: float
     concentration: float
     slack: float | None
+    needed: bool
     s: float
     change: float
 
@@ -77,8 +81,9 @@ def _no_signal(block: Block) -> bool:
 def _at_max(block: Block) -> bool:
     if block.slack is None:
         return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
-    spends = block.slack < NEAR < block.share and not _shrinking(block)
-    return block.share > 1 - NEAR or spends
+    spends = block.share > 1 - NEAR or block.slack < NEAR < block.share
+    # Noise can carry a rate there as well, and a larger budget would then do harm.
+    return spends and block.needed
 
 
 def _at_min(block: Block) -> bool:
@@ -119,12 +124,26 @@ def health(block: Block) -> str:
 
 def _signal(state: ScaleByDartState) -> np.ndarray:
     """The s by which the last update moved the concentration of every block."""
-    has_slack = _has_slack(state)
     num = state.count - state.skipped - 1
-    nu = debias(state.moments.hyper_nu, _dart.B2 if has_slack else _paper_dart.B2, num)
-    root = np.sqrt(np.asarray(nu))
+    root = _gradient_size(state)
     inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
     return -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
+
+
+def _gradient_size(state: ScaleByDartState) -> np.ndarray:
+    """Root mean square of the gradients of every block's concentration."""
+    decay = _dart.B2 if _has_slack(state) else _paper_dart.B2
+    return np.sqrt(np.asarray(debias(state.moments.hyper_nu, decay, state.count - state.skipped - 1)))
+
+
+def _needed(state: ScaleByDartState) -> np.ndarray:
+    """See ``Block``. Rates that share a budget used up compete, so their s would not tell."""
+    length = np.zeros(state.last_rates.size)
+    for leaf, block in zip(jax.tree.leaves(state.step_memory), state.block_index, strict=True):
+        length[int(block)] += np.sum(np.asarray(leaf, float) ** 2)
+    agree = np.asarray(_walk.progress(state.walk, length)) > 2
+    longer = -float(np.sum(state.hypergradient)) > NOISE * np.max(_gradient_size(state), initial=0)
+    return agree & longer
 
 
 def _has_slack(state: ScaleByDartState) -> bool:
@@ -148,6 +167,7 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
         "relative_std": relative_std,
         "lift": lift,
         "concentration": block_concentrations(state),
+        "needed": _needed(state),
         "s": _signal(state),
         "change": state.moments.hyper_change,
     }

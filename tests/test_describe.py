@@ -217,3 +217,38 @@ def test_names_are_shortened_in_the_middle():
 def test_every_word_is_explained():
     for word in RULES:
         assert f"``{word}``" in dartax.describe.__doc__
+
+
+def final_loss(optimizer, loss, steps, noise=0.0, params=PAIR):
+    """The words after training, and the loss there."""
+    state = optimizer.init(params)
+
+    def step(carry, key):
+        params, state = carry
+        keys = dict(zip(params, jax.random.split(key, len(params)), strict=True))
+        gradient = jax.grad(loss)(params)
+        noisy = {k: g + noise * jax.random.normal(keys[k], g.shape) for k, g in gradient.items()}
+        updates, state = optimizer.update(noisy, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])
+    params, state = scan((params, state))
+    return set(words(dartax.describe(state, params)).values()), float(loss(params))
+
+
+def test_a_larger_budget_helps_where_the_word_says_so():
+    far, loss = {"rate_budget": 1e-3, "inner": SGD, "init_rate": 1e-4}, quadratic(0.1, 0.1)
+    word, tight = final_loss(dartax.dart(**far), loss, 200)
+    _, wide = final_loss(dartax.dart(**{**far, "rate_budget": 1.0}), loss, 200)
+    assert word == {"pinned at max"}
+    assert wide < 0.9 * tight
+
+
+def test_the_word_is_not_said_where_noise_used_the_budget_up():
+    optimizer = {"inner": SGD, "init_rate": 0.4}
+    loss = quadratic(1.0, 1.0)
+    word, narrow = final_loss(dartax.dart(rate_budget=1.0, **optimizer), loss, 40, noise=3.0)
+    _, wide = final_loss(dartax.dart(rate_budget=10.0, **optimizer), loss, 40, noise=3.0)
+    assert "pinned at max" not in word
+    assert wide > 0.9 * narrow
