@@ -195,44 +195,6 @@ def transformation(name: str, value: Any) -> None:
         )
 
 
-def keeps_sign(name: str, inner: optax.GradientTransformation, params: Any) -> None:
-    """Checks that ``inner`` gives directions along the gradient, not against it.
-
-    A whole optimizer such as ``optax.adam(1e-3)`` flips the sign, for its updates are to be added.
-    Two gradients of opposite sign cancel whatever does not depend on the gradient, such as noise or
-    decayed weights. A second update shows the sign of a warm-up that starts at a rate of 0.
-    """
-    leaves = jax.tree.leaves(params)
-    if not leaves or hasattr(inner.update, "again"):  # those of dartax.inner are known
-        return
-
-    def response(gradient: Any) -> list[Any]:
-        first, state = inner.update(gradient, inner.init(small), small)
-        second, _ = inner.update(gradient, state, small)
-        return jax.tree.leaves([first, second])
-
-    try:
-        with jax.ensure_compile_time_eval():
-            small = jax.tree.map(
-                lambda p: jnp.full((1,) * jnp.ndim(p), 1e-3, jnp.result_type(p)), params
-            )
-            up, down = (response(jax.tree.map(lambda p, c=c: 0 * p + c, small)) for c in (1, -1))
-            along = sum(
-                float(jnp.sum(u.astype(jnp.float32) - d.astype(jnp.float32)))
-                for u, d in zip(up, down, strict=True)
-            )
-    except Exception:
-        # It cannot be asked about so small a tree, or depends on traced values. Where something is
-        # wrong with it, its own init or update will say so.
-        return
-    if along < 0:
-        raise ValueError(
-            f"{name} must keep the sign of the gradient, got a transform that flips it, as a whole "
-            "optimizer such as optax.adam(1e-3) does; pass the direction alone, e.g. "
-            "optax.scale_by_adam()."
-        )
-
-
 def floating_dtype(name: str, value: Any) -> None:
     """Checks a floating dtype or its name."""
     try:

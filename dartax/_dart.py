@@ -188,17 +188,15 @@ def dart_rule(
         moments = Moments(mu, nu, trend, change)
         return moved, moments, jnp.minimum(factor, 1.0)
 
-    return Rule(init, learn, of_log=True, uses_walk=True)
+    return Rule(init, learn, in_log_space=True, uses_walk=True)
 
 
-OLD_NAMES = {
-    "horizon": "memory_decay",
-    "max_rate": "rate_budget",
-    "direction_dtype": "memory_dtype",
-}
+new_names = _check.renamed(
+    horizon="memory_decay", max_rate="rate_budget", direction_dtype="memory_dtype"
+)
 
 
-@_check.renamed(**OLD_NAMES)
+@new_names
 def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -314,7 +312,7 @@ def scale_by_dart(
     )
 
 
-@_check.renamed(**OLD_NAMES)
+@new_names
 def dart(  # noqa: D417  (arguments shared with scale_by_dart are described there)
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dartax import _dart, _paper_dart, _walk, dirichlet
@@ -29,8 +30,8 @@ NEAR = 0.05
 WIDE = 2.0
 # A rate of dart that moves by at most this part per update has settled.
 STILL = 1e-3
-# The noise of s, an average over about 10 updates, stays within this: two of its standard deviations.
-# paper_dart follows its sign wherever it points.
+# The noise of s, an average over about 10 updates, stays within this: two of its standard
+# deviations. paper_dart follows its sign wherever it points.
 NOISE = 0.5
 
 
@@ -133,7 +134,9 @@ def _signal(state: ScaleByDartState) -> np.ndarray:
 def _gradient_size(state: ScaleByDartState) -> np.ndarray:
     """Root mean square of the gradients of every block's concentration."""
     decay = _dart.B2 if _has_slack(state) else _paper_dart.B2
-    return np.sqrt(np.asarray(debias(state.moments.hyper_nu, decay, state.count - state.skipped - 1)))
+    return np.sqrt(
+        np.asarray(debias(state.moments.hyper_nu, decay, state.count - state.skipped - 1))
+    )
 
 
 def _needed(state: ScaleByDartState) -> np.ndarray:
@@ -141,7 +144,7 @@ def _needed(state: ScaleByDartState) -> np.ndarray:
     length = np.zeros(state.last_rates.size)
     for leaf, block in zip(jax.tree.leaves(state.step_memory), state.block_index, strict=True):
         length[int(block)] += np.sum(np.asarray(leaf, float) ** 2)
-    agree = np.asarray(_walk.progress(state.walk, length)) > 2
+    agree = np.asarray(_walk.progress(state.walk, jnp.asarray(length, jnp.float32))) > 2
     longer = -float(np.sum(state.hypergradient)) > NOISE * np.max(_gradient_size(state), initial=0)
     return agree & longer
 

@@ -70,7 +70,7 @@ def paper_rule(
     return Rule(
         init=lambda num_blocks: jnp.full(num_blocks, f32(alpha)),
         learn=learn,
-        of_log=False,
+        in_log_space=False,
         uses_walk=False,
     )
 

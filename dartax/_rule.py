@@ -48,7 +48,7 @@ class Rule(NamedTuple):
       learn: From (concentration ``[C]``, draw, hypergradient ``[K]``, moments, context) to the new
         concentration and moments, and to the factor of the memory of past steps, ``[K]`` in
         [0, 1].
-      of_log: Whether the hypergradient is with respect to log pi, not to the rates.
+      in_log_space: Whether the hypergradient is with respect to log pi, not to the rates.
       uses_walk: Whether it looks at progress and power.
     """
 
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
         [jax.Array, Draw, jax.Array, Moments, Context],
         tuple[jax.Array, Moments, jax.Array],
     ]
-    of_log: bool
+    in_log_space: bool
     uses_walk: bool
 
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax import _blocks, _check, _fused, _plain, _walk, random
+from dartax import _blocks, _check, _fused, _plain, _probe, _walk, random
 from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
 from dartax._complex import in_pairs, out_of_pairs
@@ -88,11 +88,11 @@ def scale_by_dirichlet(
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
         params = in_pairs(params)
-        _check.keeps_sign("inner", inner, params)
+        _probe.check_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
         # (The published rule does not look at its walk: nothing to measure.)
         known = (
-            _walk.white_noise(inner, params, of_leaf, num_blocks)
+            _probe.white_noise(inner, params, of_leaf, num_blocks)
             if rule.uses_walk
             else _walk.WhiteNoise()
         )
@@ -170,7 +170,7 @@ def scale_by_dirichlet(
             **{**extra_args, "step_memory": state.step_memory},
         )  # fmt: skip
         direction, _ = decay.update(direction, decay.init(params), params)
-        weights = multiplier * (spent if rule.of_log else jnp.ones_like(spent))
+        weights = multiplier * (spent if rule.in_log_space else jnp.ones_like(spent))
         # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
         last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
         # A skipped step keeps the memory. But if only a hypergradient overflowed, it is emptied, or

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import dartax
-from dartax import _walk
+from dartax import _probe, _walk
 
 ADAM = (1.0, 0.9, 0.1 / 1.9)
 PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
@@ -26,7 +26,7 @@ PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
     ],
 )
 def test_white_noise_is_measured(inner, known):
-    measured = _walk.measure(inner, PARAMS)
+    measured = _probe.measure(inner, PARAMS)
     for values, expected in zip(measured, known, strict=True):
         vector, scalar, matrix = values  # of the scalar there are few numbers
         np.testing.assert_allclose([vector, matrix], 2 * [expected], rtol=0.1, atol=0.02)
@@ -37,17 +37,17 @@ def test_parts_of_a_tree_are_measured_apart():
     parts = {"adam": optax.scale_by_adam(), "sgd": optax.identity()}
     inner = optax.partition(parts, {"w": "adam", "b": "sgd", "c": "adam"})
     of_leaf, num_blocks = (0, 0, 1), 2  # b, c, w: Adam and SGD share the first block
-    agreement, persistence, power = _walk.white_noise(inner, PARAMS, of_leaf, num_blocks)
+    agreement, persistence, power = _probe.white_noise(inner, PARAMS, of_leaf, num_blocks)
     np.testing.assert_allclose(agreement, [1 / 21, 1.0], rtol=0.1)
     np.testing.assert_allclose(persistence, [0.9 / 21, 0.9], rtol=0.1)
     np.testing.assert_allclose(power, [0.0, 0.1 / 1.9], rtol=0.1)
-    known = _walk.white_noise(dartax.inner.adam(), PARAMS, of_leaf, num_blocks)
+    known = _probe.white_noise(dartax.inner.adam(), PARAMS, of_leaf, num_blocks)
     assert _walk.empty_walk(known, num_blocks).white_noise.power.shape == (2,)
 
 
 def test_the_long_memory_of_lion_is_seen():
     # Its directions agree little with their neighbours, but do so for a hundred steps.
-    agreement, persistence, power = _walk.measure(optax.scale_by_lion(), PARAMS)
+    agreement, persistence, power = _probe.measure(optax.scale_by_lion(), PARAMS)
     assert np.all((agreement > 0.1) & (agreement < 0.4))
     assert np.all((persistence > 0.97) & (persistence < 0.998))
     assert np.all(power == 0)  # signs
@@ -61,7 +61,7 @@ def test_the_long_memory_of_lion_is_seen():
     ],
 )
 def test_what_our_own_transforms_know_is_what_is_measured(inner):
-    measured = [values[2] for values in _walk.measure(inner, PARAMS)]
+    measured = [values[2] for values in _probe.measure(inner, PARAMS)]
     np.testing.assert_allclose(inner.update.white_noise, measured, rtol=0.1, atol=0.02)
 
 
@@ -70,15 +70,15 @@ def test_what_cannot_be_measured_counts_as_independent():
         raise ValueError("no")
 
     inner = optax.GradientTransformation(lambda params: (), refuse)
-    np.testing.assert_array_equal(_walk.measure(inner, PARAMS), np.zeros((3, 3)))
-    np.testing.assert_array_equal(_walk.measure(optax.identity(), {}), np.zeros((3, 0)))
+    np.testing.assert_array_equal(_probe.measure(inner, PARAMS), np.zeros((3, 3)))
+    np.testing.assert_array_equal(_probe.measure(optax.identity(), {}), np.zeros((3, 0)))
 
 
 def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
     """Progress and power after steps of Adam's directions, for 4,000 elements."""
     inner = dartax.inner.adam(b2=0.99)
     params = {"x": jnp.zeros(4000)}
-    walk = _walk.empty_walk(_walk.white_noise(inner, params, (0,), 1), 1)
+    walk = _walk.empty_walk(_probe.white_noise(inner, params, (0,), 1), 1)
 
     def step(carry, t):
         x, memory, walk, state = carry
@@ -122,7 +122,7 @@ def test_steps_in_a_narrow_valley_have_none():
 
 
 def test_nothing_is_known_before_the_first_step():
-    known = _walk.white_noise(dartax.inner.adam(), PARAMS, (0, 1, 2), 3)
+    known = _probe.white_noise(dartax.inner.adam(), PARAMS, (0, 1, 2), 3)
     walk = _walk.empty_walk(known, 3)
     np.testing.assert_array_equal(_walk.progress(walk, jnp.zeros(3)), np.ones(3))
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(0)), np.zeros(3))
@@ -133,7 +133,7 @@ def test_nothing_is_known_before_the_first_step():
 
 
 def test_lengths_that_overflow_leave_the_walk_finite():
-    known = _walk.white_noise(dartax.inner.momentum(), PARAMS, (0, 1, 2), 3)
+    known = _probe.white_noise(dartax.inner.momentum(), PARAMS, (0, 1, 2), 3)
     walk = _walk.empty_walk(known, 3)
     huge = jnp.array([jnp.inf, 3e38, 1.0])
     for keep in (1.0, 1.0, 0.0):

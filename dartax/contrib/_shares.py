@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax import _check, random
+from dartax import _check, _probe, random
 from dartax._blocks import LARGEST_ROOT
 from dartax._fusable import FusableUpdate, choose, fusable, guard
 from dartax._fused._mesh import auto_sharded
@@ -352,7 +352,7 @@ def scale_by_shares(
     inner_update: Any = fusable(inner)
 
     def init_fn(params):
-        _check.keeps_sign("inner", given, params)
+        _probe.check_sign("inner", given, params)
 
         def full(value):
             def leaf(p):
