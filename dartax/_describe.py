@@ -10,6 +10,7 @@ import numpy as np
 
 from dartax import _check
 from dartax._blocks import PyTree, path_names
+from dartax._description import Description
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
 from dartax._state import ScaleByDartState
@@ -44,7 +45,7 @@ def common_folder(names: Sequence[Sequence[str]]) -> str:
     return "".join(level[0] + "/" for level in shared) if len(names) > 1 else ""
 
 
-def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) -> str:
+def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) -> Description:
     """A table for a person: each block with its mean rate, spread, last draw and health.
 
     Args:
@@ -55,24 +56,29 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
         between. ``None`` shows all.
 
     Returns:
-      Text of at most 80 columns, one table for each DART state. ``size`` counts the parameters.
+      A string of at most 80 columns, one table for each DART state. A notebook shows it in colour;
+      for a terminal its method ``in_color()`` adds ANSI colours. ``size`` counts the parameters.
       ``E[rate]``, ``std`` and ``last rate`` include the schedule. ``health`` is the first of
       these words whose rule holds:
 
       - ``not started``: No gradient has judged a rate yet: fewer than two updates.
-      - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps.
+      - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps. Look for
+        a dead or unused layer.
       - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % of it where
         less than 5 % is slack, its steps agree, and longer steps of all blocks would have been
-        better. With ``paper_dart``: it has more than 95 %, or its concentration is at 10, where the
-        published formula clips it.
+        better. Raise ``rate_budget``. With ``paper_dart``: it has more than 95 %, or its
+        concentration is at 10, where the published formula clips it.
       - ``pinned at min``: The mean rate is within 5 % of a positive ``min_rate``; with
-        ``paper_dart``: or the concentration is clipped at 0.1.
+        ``paper_dart``: or the concentration is clipped at 0.1. Lower ``min_rate``.
       - ``collapsed``: The standard deviation of the share is more than twice its mean (a
         concentration below about 1/4): nearly all draws are close to ``min_rate``, and a few
-        are large.
+        are large. Raise ``concentration``.
       - ``growing``: ``dart`` raised the rate by more than 0.1 % in the last update; with
-        ``paper_dart``: ``s > 0.5``.
+        ``paper_dart``: ``s > 0.5``. If a run on few data ends like this, watch the test loss: the
+        model may overfit.
       - ``shrinking``: ``dart`` lowered it by more than 0.1 %; with ``paper_dart``: ``s < -0.5``.
+        The steps follow noise, undo one another, or go too far. If it lasts from the start, clip
+        the gradients.
       - ``settled``: None of these.
 
       s is the mean of the last gradients of the concentration over their root mean square, with its
@@ -116,7 +122,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
             max_rows=max_rows or len(blocks),
         )
         tables.append("\n".join([*title, *table]))
-    return "\n\n".join(tables)
+    return Description("\n\n".join(tables))
 
 
 def _title(label: str, state: ScaleByDartState, blocks: list[Block]) -> list[str]:

@@ -252,3 +252,15 @@ def test_the_word_is_not_said_where_noise_used_the_budget_up():
     _, wide = final_loss(dartax.dart(rate_budget=10.0, **optimizer), loss, 40, noise=3.0)
     assert "pinned at max" not in word
     assert wide > 0.9 * narrow
+
+
+def test_a_notebook_and_a_terminal_show_colours():
+    params = {"<lambda>": jnp.ones(3), "b": jnp.ones(3)}
+    text = dartax.describe(dartax.dart().init(params), params)
+    assert isinstance(text, str)
+    assert "\x1b" not in text
+    assert text.in_color().count("\x1b[90mnot started\x1b[0m") == 2
+    page = text._repr_html_()
+    assert page.count('<span style="color: gray">not started</span>') == 2
+    assert "&lt;lambda&gt;" in page
+    assert "2 not started\n" in page  # the title has no colours

@@ -1,4 +1,4 @@
-"""What the README, its pages in ``configs`` and the guide for contributors name is there."""
+"""What the README and the pages that it leads to name is there."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", *sorted(ROOT.glob("configs/*/README.md")))
+    for path in (
+        ROOT / "README.md",
+        *sorted(ROOT.glob("configs/**/README.md")),
+        *sorted(ROOT.glob("tests/**/README.md")),
+        *sorted(ROOT.glob(".github/*.md")),
+    )
 }
 TEXT = "\n".join(PAGES.values())
 CONTRIBUTING = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -342,6 +342,18 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sentence(content: dict[str, Any]) -> str:
+    """What a reader wants to know: how long a step takes beside the target's, at each size."""
+    parts = []
+    for size, results in content["sizes"].items():
+        target, *others = results
+        name = "dart" if "dart" in others else others[0] if others else target
+        parameters, tensors = dataclasses.astuple(Size.parse(size))
+        ratio = results[name]["ratio"]
+        parts.append(f"{ratio:.2f} times {target}'s with {parameters:,} in {tensors} tensors")
+    return f"{name}'s step takes {', '.join(parts)}."
+
+
 def draw(content: dict[str, Any]) -> Figure:
     """Draws, for each size, the step time relative to the target, and the compilation time."""
     sizes, panels = content["sizes"], ("ratio", "compile_s")

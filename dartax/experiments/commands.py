@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from dartax._description import Description
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ConfigError
 
@@ -49,7 +52,9 @@ def train(
         return
     workdir = Path(run.workdir)
     if (workdir / "rates.txt").exists():
-        print((workdir / "rates.txt").read_text(encoding="utf-8"), end="")
+        table = Description((workdir / "rates.txt").read_text(encoding="utf-8"))
+        colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(table.in_color() if colored else table, end="")
     print(
         f"{run_folder.outcome(summary)} after {summary['epochs']} epochs "
         f"({summary['steps']} steps, {summary['wall_s']:.0f} s); pictures in {workdir / 'plots'}, "
@@ -91,6 +96,8 @@ def compare(
     scored = scores.score(loaded, results)
     for path in compare_plots.draw(loaded, results, scored):
         print(path)
+    if last := scores.sentence(loaded, scored):
+        print(last)
 
 
 def bench(
@@ -124,6 +131,7 @@ def bench(
     content = bench_lib.run(sizes, names, dtype=dtype, rounds=rounds, draws=draws, workdir=workdir)
     print(bench_lib.table(content))
     print(Path(workdir) / "bench.png")
+    print(bench_lib.sentence(content))
 
 
 def soak(steps: int = 1_000_000, workdir: str = "runs/soak") -> None:

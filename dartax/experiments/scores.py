@@ -245,6 +245,25 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_basins(config, scores)])
 
 
+def sentence(config: CompareConfig, scores: Mapping[str, Any]) -> str:
+    """What a reader wants to know: how dart did beside the target. Empty without a dart."""
+    overall = scores["optimizers"]
+    found = [name for name, entrant in overall.items() if entrant["role"] == "dart"]
+    if not found:
+        return ""
+    name = found[0]
+    ratios = {
+        task: cells[name]["ratio"] for task, cells in scores["cells"].items() if name in cells
+    }
+    worst, best = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    count = overall[name]["diverged"]
+    return (
+        f"{name} ends at {overall[name]['ratio']:.3f} of {config.target}'s loss over "
+        f"{len(ratios)} tasks (geometric mean; worst {ratios[worst]:.2f}, {worst}; best "
+        f"{ratios[best]:.2f}, {best}); {count or 'no'} run{'s' if count > 1 else ''} diverged."
+    )
+
+
 def _returns(tasks: Sequence[str], names: Sequence[str], cells: Cells) -> list[str]:
     """Formats the mean returns at the end and their standard errors, where there are any."""
     tasks = [task for task in tasks if any("return" in cell for cell in cells[task].values())]

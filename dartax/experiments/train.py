@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,7 +213,14 @@ def _train(
     start = time.monotonic() - (rows[-1]["wall_s"] or 0.0 if rows else 0.0)
     last_save = time.monotonic()
 
-    bar = tqdm(total=total_steps, initial=step, unit="step", disable=not (progress and writes))
+    shown = rows[-1] if rows else {}
+    bar = tqdm(
+        total=total_steps,
+        initial=step,
+        disable=not (progress and writes),
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f} % |{bar}| {remaining} left",
+    )
     with HeldSignals() as signals, bar, contextlib.ExitStack() as stack:
         for log in opened:
             stack.callback(log.close)
@@ -230,8 +237,10 @@ def _train(
                 wall = round(time.monotonic() - start, 3)
                 for log in opened:
                     log.write({"step": step, "epoch": epoch + 1, "wall_s": wall, **row})
+                shown = {**shown, **row}
+                where = f"epoch {epoch + 1} of {config.epochs}"
+                bar.set_description_str(", ".join([where, *_figures(shown)]), refresh=False)
                 bar.update(last - first)
-                bar.set_postfix({k: f"{row[k]:.3g}" for k in ("train_loss", "rate") if k in row})
                 old = time.monotonic() - last_save >= config.checkpoint_seconds
                 signum, due = devices.largest(signals.signum, old or step == total_steps)
                 if signum or due:
@@ -248,6 +257,15 @@ def _train(
     summary = read_summary(workdir)
     assert summary is not None, "the first process has just written it"
     return summary
+
+
+def _figures(row: Mapping[str, float | None]) -> list[str]:
+    """The loss and the last known accuracy, for the progress bar."""
+    loss, accuracy = row.get("train_loss"), row.get("test_accuracy")
+    return [
+        *([f"loss {loss:.3g}"] if loss is not None else []),
+        *([f"accuracy {accuracy:.1%}"] if accuracy is not None else []),
+    ]
 
 
 def finish(
