@@ -167,7 +167,7 @@ def scale_by_dirichlet(
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
-            **{**extra_args, "step_memory": state.step_memory},
+            **{**extra_args, "grad": grad, "step_memory": state.step_memory},
         )  # fmt: skip
         direction, _ = decay.update(direction, decay.init(params), params)
         weights = multiplier * (spent if rule.in_log_space else jnp.ones_like(spent))

@@ -157,3 +157,12 @@ def test_works_in_optax_wrappers():
         for _ in range(2):
             updates, state = optimizer.update(TARGET, state, params)
         assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda t: t.dtype, TARGET)
+
+
+def test_rates_of_channels_are_those_of_the_parts():
+    optimizer = dartax.dart(blocks="channel")
+    state = optimizer.init(MATRIX)
+    for _ in range(3):
+        updates, state = optimizer.update(MATRIX, state, MATRIX, grad=MATRIX)
+    assert updates.dtype == MATRIX.dtype
+    assert dartax.learning_rates(state, MATRIX).shape == (1, 6)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from run_folders import rows_of
 
+import dartax
 from dartax.experiments import cli, data, devices, optimizers, plots
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ConfigError, ModelConfig, OptimizerConfig
@@ -55,6 +56,11 @@ def test_bad_optimizer_configs(optimizer, match):
     with pytest.raises(ConfigError, match=match):
         train_and_evaluate(Config(optimizer=optimizer))
     assert not Path("runs").exists(), "a run that cannot be made leaves nothing behind"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dartax {dartax.__version__}\n"
 
 
 def test_command_line_messages(capsys, tmp_path):

@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 
+from dartax._version import __version__
 from dartax.experiments import files
 
 
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     command = shlex.join(["dartax", *words])
+    if words == ["--version"]:
+        print(f"dartax {__version__}")
+        return 0
     try:
         from dartax.experiments import commands, config, data, devices, signals
 
