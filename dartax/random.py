@@ -18,13 +18,13 @@ for some arguments they never do: ``jax.random.loggamma`` of JAX 0.10.2 does not
 keys at a = 1093252.75 on a CPU (see also `jax#21352 <https://github.com/jax-ml/jax/issues/21352>`_).
 
 References:
-  Figurnov, Mohamed, Mnih, `Implicit Reparameterization Gradients
-  <https://arxiv.org/abs/1805.08498>`_, 2018.
-  Steele, Lea, Flood, `Fast Splittable Pseudorandom Number Generators
-  <https://doi.org/10.1145/2714064.2660195>`_, 2014.
-  Wellons, `Prospecting for Hash Functions <https://nullprogram.com/blog/2018/07/31/>`_, 2018.
-  Marsaglia, Tsang, `A Simple Method for Generating Gamma Variables
-  <https://doi.org/10.1145/358407.358414>`_, 2000.
+  - Figurnov, Mohamed, Mnih, `Implicit Reparameterization Gradients
+    <https://arxiv.org/abs/1805.08498>`_, 2018.
+  - Steele, Lea, Flood, `Fast Splittable Pseudorandom Number Generators
+    <https://doi.org/10.1145/2714064.2660195>`_, 2014.
+  - Wellons, `Prospecting for Hash Functions <https://nullprogram.com/blog/2018/07/31/>`_, 2018.
+  - Marsaglia, Tsang, `A Simple Method for Generating Gamma Variables
+    <https://doi.org/10.1145/358407.358414>`_, 2000.
 """
 
 from collections.abc import Sequence
