@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = ["log_derivative", "loggamma", "loggamma_from_words"]
+
 # Coefficients [8, 7] of log V in u and v, log(x / (a + 1)) and 1 / (a + 1) mapped to [-1, 1]: the
 # fit of least greatest error (2.5e-5) to jax.lax.random_gamma_grad in float64, on a grid over a
 # from 1e-5 to 1e4 and x from (a + 1) / 10 to quantiles of 1e-12 from either end.

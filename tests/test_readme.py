@@ -1,6 +1,7 @@
 """What the README and the pages that it leads to name is there."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,9 @@ def test_configurations_are_there(config):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"\w+\.py\b", CONTRIBUTING))))
 def test_modules_are_where_contributors_look(module):
     assert list(ROOT.glob(f"dartax/**/{module}")) or list(ROOT.glob(f"tests/{module}"))
+
+
+def test_the_address_of_the_repository_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = set(re.findall(r"https://github\.com/[\w.-]+/dartax\b", TEXT))
+    assert found == {project["urls"]["Source"]}
