@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import importlib.metadata
 import io
@@ -36,6 +37,18 @@ collect_ignore = ["eight_devices", "compiler"]
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not hasattr(jax, "enable_x64"):  # before JAX 0.8
     jax.enable_x64 = jax.experimental.enable_x64
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """Of a test with ``one_in(n)``, all variants but every n-th are slow."""
+    variants = collections.Counter()
+    for item in items:
+        if thin := item.get_closest_marker("one_in"):
+            name = item.nodeid.partition("[")[0]
+            if variants[name] % thin.args[0]:
+                item.add_marker(pytest.mark.slow)
+            variants[name] += 1
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -108,6 +108,7 @@ INNERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("inner", INNERS)
 def test_float16_inside_any_inner_transform(inner):
     params = {"w": jnp.ones((3, 2), jnp.float16), "b": jnp.zeros(2, jnp.float16)}
@@ -135,6 +136,7 @@ def test_float16_inside_any_inner_transform(inner):
     assert loss(after) < 0.1 * loss(params)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("implementation", ["fused", "plain"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_direction_that_is_not_finite_costs_its_step(bad, implementation):
@@ -170,6 +172,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradients_pass_through_updates(name, steps):
@@ -203,6 +206,7 @@ def test_gradients_pass_through_updates(name, steps):
     assert float(of_scale) == pytest.approx(float((up - down) / (2 * width)), rel=2e-2, abs=1e-3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("concentration", [1e-30, 1e-20, 1e-10, 1e-4, 1.0, 1e10])
 def test_gradients_of_draws_at_the_ends_of_the_range(concentration):
     def second_moment(concentration):

@@ -153,6 +153,7 @@ def test_a_run_does_not_depend_on_those_it_is_vmapped_with(done):
     np.testing.assert_allclose(together, apart, rtol=1e-3)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_comparisons_load_and_build(path):
     config = compare.load(path)
@@ -304,6 +305,7 @@ def test_schedule_free_is_tested_where_its_authors_say():
     assert not np.allclose(tested["w"], params["w"])
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", sorted(ablations.FACTORY))
 def test_ablations_change_what_they_say(name, monkeypatch):
     """On a flat and a steep direction, beside dart itself."""

@@ -71,6 +71,7 @@ def weak_types(tree):
     return [jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.one_in(3)
 @every_optimizer
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_state_is_a_fixed_point_and_dtypes_are_kept(make, dtype):
@@ -89,6 +90,7 @@ def test_state_is_a_fixed_point_and_dtypes_are_kept(make, dtype):
     jax.eval_shape(steps, params, state)
 
 
+@pytest.mark.one_in(3)
 @every_optimizer
 def test_update_compiles_once(make):
     optimizer, params = make(), make_params()
@@ -104,6 +106,7 @@ def test_update_compiles_once(make):
         params, state = jitted(params, state)
 
 
+@pytest.mark.one_in(2)
 @every_optimizer
 def test_same_key_same_run_and_other_key_other_run(make):
     def run(key):
@@ -128,6 +131,7 @@ def test_vmap_over_keys(make):
     assert len(np.unique(batch)) == batch.size
 
 
+@pytest.mark.one_in(2)
 @every_optimizer
 def test_donation_of_params_and_state(make):
     optimizer, params = made(make), make_params()
@@ -262,6 +266,7 @@ def test_resume_from_bytes(make):
     assert optax.tree.get(state, "version") == dartax._state.VERSION
 
 
+@pytest.mark.one_in(4)
 @every_optimizer
 def test_masked_and_partition(make):
     params = make_params()
@@ -285,6 +290,7 @@ def test_masked_and_partition(make):
     assert "[matrix]" in dartax.describe(state, params)
 
 
+@pytest.mark.one_in(3)
 @every_optimizer
 def test_multi_steps(make):
     optimizer = optax.MultiSteps(made(make), every_k_schedule=2)
@@ -369,6 +375,7 @@ def test_inner_transform_receives_extra_arguments():
         chex.assert_trees_all_close(threefold, jax.tree.map(lambda u: 3.0 * u, once), rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [dartax.dart, functools.partial(dartax.dart, blocks="channel")])
 def test_updates_outside_jit_are_compiled_once(make):
     calls = []

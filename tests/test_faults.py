@@ -489,6 +489,7 @@ DAMAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damage_is_mended_or_refused(name, dartax, stopped, runs):
     damage, status, sentences = DAMAGES[name]

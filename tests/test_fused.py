@@ -82,12 +82,14 @@ exact = functools.partial(dartax.dart, init_rate=1e-2, memory_dtype="float32")
 every_pair = pytest.mark.parametrize("name", PAIRS)
 
 
+@pytest.mark.one_in(4)
 @every_pair
 def test_every_inner_transform(name):
     fused, plain = PAIRS[name]
     assert_same_run(exact(inner=fused()), exact(inner=plain(), implementation="plain"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "memory_decay"),
     [
@@ -109,6 +111,7 @@ def test_weight_decay_under_a_schedule(name, memory_decay):
     assert_same_run(make(inner=fused()), make(inner=plain(), implementation="plain"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "blocks",
     [slow("channel"), "element", {"a": 0, "b": 1, "c": 0}],
@@ -118,6 +121,7 @@ def test_every_kind_of_blocks(blocks):
     assert_same_run(exact(blocks=blocks), exact(blocks=blocks, implementation="plain"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("inner", "dtype", "rtol"),
     [
@@ -133,6 +137,7 @@ def test_half_precision(inner, dtype, rtol):
     assert_same_run(make(), make(implementation="plain"), dtype, rtol)
 
 
+@pytest.mark.one_in(2)
 def test_float64():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float64), PARAMS)

@@ -85,6 +85,7 @@ def test_directions_fit_into_float16(name):
         chex.assert_tree_all_finite((direction, state))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("all_measured")
 @every_pair
 @pytest.mark.parametrize("options", [{"memory_decay": 0.0}, {"weight_decay": 0.1}], ids=str)

@@ -127,6 +127,7 @@ def train(optimizer, steps=300):
     return float(loss(params)), float(loss(after)), state
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "options", [{}, {"implementation": "plain"}, {"blocks": "channel"}], ids=str
 )

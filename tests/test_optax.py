@@ -83,6 +83,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.one_in(6)
 @every_row
 @pytest.mark.parametrize("target", TARGETS)
 def test_converges_inside_scan(make, target):
@@ -119,6 +120,7 @@ def test_converges_inside_scan(make, target):
         np.testing.assert_allclose(got, expected, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.one_in(2)
 @rows(
     "dart_inner_lion", "dart_inner_momentum", "dart_muon", "dart_adabelief"
 )  # beside test_contract
@@ -131,6 +133,7 @@ def test_no_second_compilation(make):
     assert update._cache_size() == 1
 
 
+@pytest.mark.one_in(4)
 @every_row
 @pytest.mark.parametrize(
     ("dtype", "x64"),
@@ -197,6 +200,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.one_in(5)
 @rows("dart", "dart_sgd", "dart_inner_lion", "dart_muon", "paper_dart", "middle")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers(make, wrapper):
@@ -209,6 +213,7 @@ def test_wrappers(make, wrapper):
     assert len(found) == (2 if wrapper == "partition" else 1)
 
 
+@pytest.mark.one_in(3)
 @every_row
 def test_lookahead(make):
     params = optax.LookaheadParams.init_synced(make_params())
@@ -218,6 +223,7 @@ def test_lookahead(make):
     assert types(after[1]) == types(state)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["dart", "paper_dart"])
 @pytest.mark.parametrize(
     "wrapper", ["apply_if_finite", "mechanize", "schedule_free", "sam", "freeze"]
@@ -241,6 +247,7 @@ def test_wrapped_runs_descend(name, wrapper):
     assert dartax.metrics(state)["dart/step"] in (600, 1200)  # sam steps every second time
 
 
+@pytest.mark.one_in(5)
 @every_row
 @pytest.mark.parametrize(
     "params",
@@ -379,6 +386,7 @@ COLUMNS = [
 
 
 # (Rates that are none, to dart, are told.)
+@pytest.mark.one_in(3)
 @pytest.mark.filterwarnings("ignore:learning_rate multiplies:UserWarning")
 @pytest.mark.parametrize("name", ["dart", "paper_dart"])
 @pytest.mark.parametrize(("column", "arguments"), COLUMNS)

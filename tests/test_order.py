@@ -67,6 +67,7 @@ def test_one_program_for_all_platforms(make, monkeypatch):
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", INNERS)
 @pytest.mark.parametrize("over_models", [False, True])
 def test_waiting_changes_no_number(name, over_models, monkeypatch):

@@ -93,6 +93,7 @@ def texts(figure):
     return [(text.get_text(), extent(text)) for text in found if text.get_visible()]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("draw", FUNCTIONS)
 @pytest.mark.parametrize("num", [3, 200])
 def test_every_picture_of_few_and_of_many(draw, num):
@@ -252,6 +253,7 @@ def test_chosen_steps(rows):
     assert {"2", "11"} <= {text for text, _ in texts(plot.ridges(rows, steps=[2, 11]))}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("draw", FUNCTIONS)
 def test_names_are_no_formulas(draw):
     odd = {NAMES[0]: "_w$x$", NAMES[1]: "$\\q$ of ümläut", NAMES[2]: "{}^_"}

@@ -184,6 +184,7 @@ def check(name, options, gradients):
         )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_is_fed(name):
     gradients = hnp.arrays(np.float32, (STEPS, sum(SIZES)), elements=numbers)
@@ -214,6 +215,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [dartax.dart, dartax.paper_dart])
 def test_any_tree(make):
     def step(params):

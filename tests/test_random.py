@@ -22,6 +22,7 @@ def test_log_derivative_is_the_implicit_gradient(a):
     np.testing.assert_allclose(got, exact, rtol=1e-3)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("a", ALPHAS)
 @pytest.mark.parametrize("method", ["jax", "fast"])
 def test_gradient_of_loggamma_at_its_own_draws(a, method):
@@ -57,6 +58,7 @@ def distance_to_the_law(log_x, a):
     return stats.kstest(np.where(log_x < -20, left, right), "uniform").statistic
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("method", "number"),
     [("jax", 20_000), ("fast", 100_000), pytest.param("fast", 1_000_000, marks=pytest.mark.slow)],
@@ -71,6 +73,7 @@ def test_draws_have_the_gamma_distribution(a, method, number):
     assert distance_to_the_law(draws, a) < 1.95 / np.sqrt(number) + rounding
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("a", [1e-4, 0.3, 1.0, 5.0, 1e4, 1e10])
 def test_fast_draws_in_float64(a):
     with jax.enable_x64(True):
@@ -131,6 +134,7 @@ def test_int_key_ignores_the_default_implementation():
         chex.assert_trees_all_equal(draws, random.loggamma(7, a))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("method", ["jax", "fast"])
 def test_loggamma_keeps_shape_and_dtype_under_jit_and_vmap(method):
     loggamma = functools.partial(random.loggamma, method=method)

@@ -62,6 +62,7 @@ def make_run(folder, blocks=(EVIL, "Dense_0/kernel", "Dense_1/kernel"), steps=6)
     return folder
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "losses",
     [

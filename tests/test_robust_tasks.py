@@ -33,6 +33,7 @@ def one_batch(task, seed=0):
     return jax.tree.map(lambda leaf: leaf[0], task.batches(jax.random.key(seed)))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("problem", SMALL)
 def test_each_trains_under_vmap_and_scan(problem, small_files):  # noqa: F811
     task = tasks.build(tiny(problem, **SMALL[problem]))

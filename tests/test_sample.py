@@ -98,6 +98,7 @@ def test_groups_of_columns_take_turns(phase, monkeypatch):
         np.testing.assert_array_equal(take(jnp.asarray(tensor), jnp.int32(phase)), expected)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "shape", [(1280, 1280), (3, 3, 512, 512), (1024, 4, 100), (400, 3, 7, 100), (200_000,)]
 )
@@ -139,6 +140,7 @@ INNERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("inner", INNERS)
 def test_a_fault_in_a_row_that_is_not_kept_costs_its_step(inner, monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
@@ -177,6 +179,7 @@ def test_rates_within_tensors_see_all_rows(blocks, monkeypatch):
     assert optax.tree.get(state, "step_memory")["large"].shape == PARAMS["large"].shape
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("shape", "live", "inner", "weight_decay"),
     [

@@ -88,6 +88,7 @@ def small_files(monkeypatch, folder):
     return folder
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("problem", TINY)
 def test_every_problem_trains_under_vmap_and_scan(problem, small_files):
     dtype = "bfloat16" if problem == "mnist" else "float32"
@@ -124,6 +125,7 @@ def test_every_problem_trains_under_vmap_and_scan(problem, small_files):
     assert test_loss[0] != test_loss[1]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("problem", TINY)
 def test_bfloat16_is_that_of_parameters_and_activations(problem, small_files):
     task = tasks.build(tiny(problem, dtype="bfloat16"))

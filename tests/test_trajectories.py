@@ -119,6 +119,7 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
     assert_equal_trajectories(got, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("direction", ["adam", "sgd"])
 @pytest.mark.parametrize(
     "options",
