@@ -259,7 +259,7 @@ def blind(num: jax.Array, h: jax.Array, squares: jax.Array, nu: jax.Array) -> ja
 
     ``squares`` are those of the gradient, ``nu`` is the second moment of hypergradients so far.
 
-    Then what the memory holds of its large tensors has had no gradients, as most rows of a table
-    may have none. Such a block forgets, and its samples move on by one row.
+    Such a block's sample probably lies in rows without gradients, as most rows of an embedding
+    table are. So the block forgets its memory, and its samples move on by one row.
     """
     return (num > 0) & (squares > 0) & (h == 0) & (nu == 0)

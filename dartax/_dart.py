@@ -8,37 +8,37 @@ gradient through the draw is
     G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
     s_i = -m_i / sqrt(v_i)                                   moments of G_i
 
-s_i is near 1 where every step so far should have been longer, and near -1 where every step should
-have been shorter. The concentrations move by
+s_i is near 1 where about the last ten gradients agree that longer steps would have been better,
+and near -1 where they agree on shorter ones. s_long is the same over about 50 gradients. The
+concentrations move by
 
     a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + tolerance_i, 0, 1) - fall_i
 
-where s_long is the same over a longer window. Then all concentrations, the slack's too, are
-multiplied by one number. That leaves the mean rates alone, and makes the smallest one of a block
-equal ``concentration``.
+Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
+alone, and makes the smallest one of a block equal ``concentration``.
 
-Growth needs evidence. Let t be the number of hypergradients so far, f_t the value of the user's
-schedule, T its length where it has an end, and A in [0, 1] the part of f_t that it will still lose
+Growth needs evidence. Let t be the number of hypergradients so far, f the present value of
+the user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
 (``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a walk at random, and
-n_i in [0, 1] the noise of their directions (``_walk.py``). Then
+n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
+memory, and w_i that of the block's matrices at ``init``. Then
 
-    limit_i     = min(max(0.05, 10 / T), 20 / t) * clip(2 r_i, 0, 1)
+    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.02 w_i / rate_i)
+    limit_i     = min(ramp_i, 0.5) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
-                      min(0.05, 3 / t) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - log(f_{t-1} / f_t))
-    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, clip(|z_i|^2 / |w_i|^2 - 1, 0, 1))
+                      min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - annealed)
+    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, clip(z_i^2 / w_i^2 - 1, 0, 1))
 
-The limit is also higher where a step is tiny beside the weights that it changes. A rate that is
-clearly too high, s near -1, falls at full speed.
-
-A rate that will be annealed may grow where s is a little below 0. At that point the steep
-directions want shorter steps and the flat ones still longer steps, and the schedule shortens the
-former later. On a noisy objective, though, a hypergradient always ends a little below 0
-(short-horizon bias, Wu et al., 2018, `arXiv:1803.02021 <https://arxiv.org/abs/1803.02021>`_), so
-there is no tolerance for noise. Where the steps follow noise, or undo one another, the rate falls
-as a power of 1 / t, as the optimal rates of noisy problems do. What the schedule takes from it at
-that step counts towards the fall. A schedule that will anneal the rate anyway makes the fall
-needless, unless noise has carried a block farther than its weights w_i were large.
+A rate that will be annealed may grow even where s is a little below 0. There the steep directions
+of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
+steps later, which serves the steep ones. On a noisy objective, though, s ends a little below 0 at
+any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
+<https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
+Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, as the
+optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts towards
+that fall. If the schedule will anneal the rate anyway, no fall is needed, unless noise has moved a
+block by more than the size of its weights.
 
 Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
 diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
@@ -66,14 +66,14 @@ from dartax.inner import adam
 # and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of
 # magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
 B1, B_TREND, B2 = 0.9, 0.98, 0.99
-# The ramp, which is also the warm-up: rates change by at most GROWTH per update in log space, and
-# grow by at most RAMP / t later on. A run that its schedule shows to be short may grow by up to
-# SHORT_RUN in all.
+# The ramp, which is also the warm-up: a log rate grows by at most GROWTH per update, and by at most
+# RAMP / (1 + t) later on. A run that its schedule shows to be short may grow by SHORT_RUN in all.
 GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
 # The ramp is steeper while a step with directions of size 1, such as Adam's, changes less than
 # SMALL_STEP of the weights, up to FAST_GROWTH per update.
 SMALL_STEP, FAST_GROWTH = 2e-2, 0.5
-# Rates grow while s is above -TOLERANCE, where nothing speaks against it.
+# Rates grow while s is above -TOLERANCE, where nothing speaks against it. (Half of it loses on
+# Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
 # Rates without progress fall as t ** -FALL, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
@@ -83,7 +83,8 @@ SURPRISE = 10.0
 # The largest concentration of a block is at most this many times ``concentration``. At that limit
 # the smallest fall below it.
 MAX_RATIO = 1e6
-# loggamma and its derivative are exact from 1e-4 on; float32 ends at 3e38.
+# log_derivative is right to 1e-3 from 1e-4 to 1e10, the most that a block has. The slack, whose
+# derivative is not read, may be larger; float32 ends at 3e38.
 MIN_CONCENTRATION, MAX_CONCENTRATION = 1e-4, 1e30
 
 
@@ -113,8 +114,9 @@ def weight_scale(context: Context) -> jax.Array:
 
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
-    steps = context.schedule_steps
-    growth = jnp.maximum(GROWTH, jnp.where(steps > 0, SHORT_RUN / jnp.maximum(steps, 1.0), 0.0))
+    # A schedule that takes nothing back, such as a warm-up to a constant, makes no run short.
+    short_run = SHORT_RUN * context.annealing / jnp.maximum(context.schedule_steps, 1.0)
+    growth = jnp.maximum(GROWTH, short_run)
     limit = jnp.minimum(growth, RAMP / (1 + f32(context.num)))
     limit *= jnp.maximum(SMALL_STEP * weight_scale(context) / rate, 1.0)
     return jnp.minimum(limit, FAST_GROWTH) * (1 - confined(context))
@@ -231,10 +233,11 @@ def scale_by_dart(
         It matters little from 1e-8 to 1e-4: the rates grow tenfold in 5 updates while the steps are
         tiny beside the weights, and tenfold in 50 later on.
       min_rate: Lower end of the rates, non-negative.
-      rate_budget: Upper end of the rates, and what they sum to at most where ``min_rate`` is 0,
-        positive. The blocks share ``rate_budget - min_rate``.
+      rate_budget: Upper end of the rates, positive. If ``min_rate`` is 0, it is also the most that
+        the rates can sum to. The blocks share ``rate_budget - min_rate``.
       concentration: Smallest concentration of a block, restored at every update, in [1e-4, 1e4].
-        The relative standard deviation of a drawn rate is about ``concentration ** -0.5``.
+        The relative standard deviation of that block's rate is about ``concentration ** -0.5``;
+        those of blocks with higher rates are smaller.
       memory_decay: Decay of the memory of past steps that the next gradient is compared with, in
         [0, 1). 0 is the one-step hypergradient.
       weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
@@ -247,9 +250,9 @@ def scale_by_dart(
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal need
         equal keys.
       memory_dtype: Dtype of the memory of past steps. ``bfloat16`` halves it, but rounds its decay
-        away, and steps below 0.2 % of what it holds. Of a tensor of more than 131,072 elements it
-        holds a sample, always the same: at least 1 in 48, and at least 16,384. With rates for
-        channels or elements it holds all.
+        away, and steps below 0.2 % of what it holds. Of most tensors of more than 131,072 elements
+        it holds a sample: at least 1 in 48 elements, and at least 16,384. With rates for channels
+        or elements it holds all.
       implementation: ``"fused"``, or ``"plain"``: the same step in the readable tree maps of
         ``dartax/_plain.py``, with a memory that is always whole. It is several times slower.
 
@@ -271,10 +274,10 @@ def scale_by_dart(
       ... )
       >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
-    A step is skipped if its gradient is not finite, if the squared norm of the gradient of a block
-    or the square of a hypergradient overflows float32, or if the loss is not finite, where it is
-    passed as ``update(..., value=loss)``. Then the updates and ``last_rates`` are zero, and what is
-    learned stays as it was; ``skipped`` counts it.
+    A step is skipped if one of these is not finite in float32: the squared norm of a block's
+    gradient or direction, the square of a concentration's gradient, the schedule, or the loss, if
+    it is passed as ``update(..., value=loss)``. Then the updates and ``last_rates`` are zero, what
+    is learned stays as it was, and ``skipped`` counts it.
 
     A complex leaf is one block. ``inner``, and a function as ``mask``, see its real and imaginary
     parts side by side along the last axis: Adam normalizes each, and each has rates of its own for

@@ -4,21 +4,29 @@ Run one by one, the operations of a step would take seconds to compile at the fi
 of milliseconds at every later one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from dartax import _check
+
 Update = Callable[..., tuple[Any, Any]]
 
 
-def compiled_outside_jit(update: Update, check: Callable[[Any], Any]) -> Update:
+def compiled_outside_jit(
+    update: Update, check: Callable[[Any], Any], constants: Sequence[Any]
+) -> Update:
     """``update`` itself on traced values, and compiled where all of its arguments are concrete.
 
     Arguments that are no arrays, such as functions, and arrays on several devices go to ``update``.
-    ``check`` sees the state before it is traced.
+    ``check`` sees the state before it is traced. If one of the ``constants`` inside ``update`` is
+    an array, nothing is compiled: ``optax.inject_hyperparams`` makes such a transform anew at every
+    update.
     """
+    if not all(callable(constant) or _check.is_number(constant) for constant in constants):
+        return update
     compiled = jax.jit(update)
 
     def update_fn(updates, state, params=None, **extra_args):

@@ -33,6 +33,8 @@ STILL = 1e-3
 # The noise of s, an average over about 10 updates, stays within this: two of its standard
 # deviations. paper_dart follows its sign wherever it points.
 NOISE = 0.5
+# Steps agree when they got this many times as far, in squares, as a walk at random.
+AGREEMENT = 2.0
 
 
 class Block(NamedTuple):
@@ -140,11 +142,15 @@ def _gradient_size(state: ScaleByDartState) -> np.ndarray:
 
 
 def _needed(state: ScaleByDartState) -> np.ndarray:
-    """See ``Block``. Rates that share a budget used up compete, so their s would not tell."""
+    """See ``Block``.
+
+    When the budget is used up, blocks compete for it, so the s of one does not show whether all
+    should grow: the sum of h does.
+    """
     length = np.zeros(state.last_rates.size)
     for leaf, block in zip(jax.tree.leaves(state.step_memory), state.block_index, strict=True):
         length[int(block)] += np.sum(np.asarray(leaf, float) ** 2)
-    agree = np.asarray(_walk.progress(state.walk, jnp.asarray(length, jnp.float32))) > 2
+    agree = np.asarray(_walk.progress(state.walk, jnp.asarray(length, jnp.float32))) > AGREEMENT
     longer = -float(np.sum(state.hypergradient)) > NOISE * np.max(_gradient_size(state), initial=0)
     return agree & longer
 

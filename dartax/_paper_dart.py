@@ -45,7 +45,7 @@ B1, B2 = 0.9, 0.999
 
 
 def concentration_gradient(draw: Draw, concentration: jax.Array, h: jax.Array) -> jax.Array:
-    """dL/dconcentration through the draw over lr_max - lr_min, from h = dL/drate; ``[C]`` each.
+    """dL/dconcentration divided by lr_max - lr_min, from h = dL/drate; ``[C]`` each.
 
     dL/da_j = (d log gamma_j / da_j) * pi_j * (h_j - sum_k pi_k h_k).
     """
@@ -102,8 +102,8 @@ def paper_dart(
       min_rate: Lower end of the rates, positive and below ``rate_budget``.
       rate_budget: Upper end of the rates: the budget that the blocks share.
       concentration: First concentration of every block, in [0.1, 10].
-      eta: Step size of the concentrations, non-negative. 0 freezes them, which is what the
-        published code does.
+      eta: Step size of the concentrations, non-negative. 0 freezes them, as the published code
+        does where it does not crash.
       b1: Decay of the first moment of the concentration gradient, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
       eps: Added to the root of the second moment, positive.
@@ -144,9 +144,8 @@ def paper_dart(
          ``Gamma(a, 1) = a * Gamma(1, 1)`` holds only for a = 1.
       3. ``h`` is the hypergradient, known one step later; the published code averages the
          parameters' gradient instead, and crashes there.
-      4. A step is skipped if its gradient is not finite, its squared norm overflows float32, or the
-         square of its inner product with the last gradient does. Then the updates are zero, and
-         what is learned stays as it was.
+      4. Steps are skipped as in :func:`dartax.scale_by_dart`: the updates are zero, and what is
+         learned stays as it was.
     """
     positive = lambda v: v > 0  # noqa: E731
     _check.schedule("learning_rate", learning_rate)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax._averages import f32
 from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 
 
@@ -121,8 +122,3 @@ def per_block(of_leaves: Sequence[jax.Array] | jax.Array, blocks: Blocks) -> jax
     """Sums the scalars of the leaves over every block, ``[K]``."""
     sums = jnp.zeros(blocks.num_blocks, jnp.float32)
     return sums.at[np.array(blocks.of_leaf, int)].add(jnp.array(of_leaves, jnp.float32))
-
-
-def f32(x: jax.Array) -> jax.Array:
-    """``x`` in float32."""
-    return x.astype(jnp.float32)

@@ -13,11 +13,12 @@ import numpy as np
 import optax
 
 from dartax._blocks import PyTree
+from dartax._fusable import fusable
 from dartax._walk import WhiteNoise
 
 # Updates that measure an inner transform, after some that let its averages settle.
 TRIAL_STEPS, SETTLING = 256, 128
-# Trials, and the elements of a leaf in each, fewer where there are many leaves.
+# Independent trials; the least and most elements of a leaf in each; about how many all leaves have.
 TRIALS, LEAF_SIZES, TRIAL_SIZE = 8, (4, 32), 2048
 # Lags tried; c comes from lag 1 and the last one before the correlation is below
 # LEAST_CORRELATION.
@@ -35,7 +36,7 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
     decayed weights. A second update shows the sign of a warm-up that starts at a rate of 0.
     """
     leaves = jax.tree.leaves(params)
-    if not leaves or hasattr(inner.update, "again"):  # those of dartax.inner are known
+    if not leaves or fusable(inner):  # those of dartax.inner are known
         return
 
     def response(gradient: Any) -> list[Any]:
@@ -67,7 +68,8 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
 
 def declared(inner: optax.GradientTransformation) -> tuple[Any, Any, Any] | None:
     """a, c and p as ``inner`` declares them."""
-    return getattr(inner.update, "white_noise", None)
+    known = fusable(inner)
+    return known.white_noise if known else None
 
 
 def white_noise(

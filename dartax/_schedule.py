@@ -20,8 +20,8 @@ class Ending(NamedTuple):
     """How the user's schedule ends; float32 scalars.
 
     Attributes:
-      steps: Updates after which it stays at one value; 0 if it has no end, as a number or a cyclic
-        schedule.
+      steps: Updates after which it stays at one value; 0 if it has no end, as for a number or a
+        cyclic schedule.
       value: That value, or 0.
     """
 

@@ -55,7 +55,7 @@ class ScaleByDartState(NamedTuple):
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
-        before it (``paper_dart``) or their logarithms (``dart``), ``[K]``.
+        before it (``paper_dart``) or the logarithms of their shares (``dart``), ``[K]``.
       last_draw: The last point of the simplex and its derivative.
       last_rates: What multiplied the last directions, f_t included, ``[K]``; 0 before the
         first update and for a skipped one.

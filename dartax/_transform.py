@@ -11,14 +11,15 @@ around the rule. Their arithmetic on the parameters is in ``_plain.py``, and in 
 
 and the gradient of the next loss with respect to the rates of the steps so far is
 
-    h_i = dL_{t+1}/drate_i = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * u_t.
+    h_i = dL_{t+1}/drate_i = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * u_t,
 
-With f_t * (rate_i - min_rate) * u_t in place of f_t * u_t it is dL_{t+1}/dlog pi_i. Both
-differentiate with respect to one common change of all remembered rates. memory_decay = 0 is the
-hypergradient of Baydin et al. (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The
-second form sums what the Dirichlet moved the parameters by, so the tiny first steps do not outweigh
-the later ones while the rates grow by orders of magnitude. The decay of the weights takes no part:
-it is there for another loss than the one that gives the gradient.
+where the rule may shrink z_{t-1} further. With f_t * (rate_i - min_rate) * u_t in place of f_t *
+u_t it is dL_{t+1}/dlog pi_i. Both differentiate with respect to one common change of all remembered
+rates. memory_decay = 0 is the hypergradient of Baydin et al. (2018, `arXiv:1703.04782
+<https://arxiv.org/abs/1703.04782>`_). The second form sums what the Dirichlet moved the parameters
+by, so the tiny first steps do not outweigh the later ones while the rates grow by orders of
+magnitude. Weight decay takes no part: it is there for the loss on unseen data, and the gradient is
+that of the training loss.
 """
 
 from typing import Any, Literal
@@ -69,8 +70,8 @@ def scale_by_dirichlet(
       rate_budget: Upper end of the rates; the blocks share ``rate_budget - min_rate``.
       memory_decay: Decay of the memory of past steps, in [0, 1).
       memory_dtype: Its dtype.
-      whole_memory: Whether it holds all of a large tensor, not a sample; an ``inner`` whose update
-        function has an attribute of that name can ask for it.
+      whole_memory: Whether it holds all of a large tensor, not a sample. A fusable ``inner`` can
+        ask for that as well (``_fusable.py``).
       labels: Which leaves share a block; see :func:`dartax._blocks.number_blocks`.
       key: Seed of the draws.
       implementation: ``"plain"`` or ``"fused"``.
@@ -80,8 +81,9 @@ def scale_by_dirichlet(
     random.check_key(key)
     _check.one_of("implementation", implementation, ("fused", "plain"))
     arithmetic: Any = {"fused": _fused, "plain": _plain}[implementation]
-    inner = in_float32(inner) if fusable(inner) is None else inner
-    whole_memory |= getattr(inner.update, "whole_memory", False)
+    known = fusable(inner)
+    inner = in_float32(inner) if known is None else inner
+    whole_memory |= known is not None and known.whole_memory
     low, high = f32(min_rate), f32(rate_budget)
     decay = decayed_weights(weight_decay, mask)
 
@@ -145,12 +147,12 @@ def scale_by_dirichlet(
         updates, params, grad = _blocks.checked(given, state.step_memory, arithmetic.memory_shape)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
-        h, length, squares, usable = score(updates, grad, value, state.step_memory, blocks)
+        h, length, gradient_squares, usable = score(updates, grad, value, state.step_memory, blocks)
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
         multiplier = value_at(learning_rate, state.count)
         context = context_of(state, length, blocks.sizes(state.step_memory), multiplier)
-        concentration, moments, keep = rule.learn(
+        concentration, moments, shrink = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )
 
@@ -163,7 +165,7 @@ def scale_by_dirichlet(
         # 4. Scale the directions. A skipped step has rates of 0.
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(moments.hyper_nu))
-        blind = _blocks.blind(context.num, h, squares, moments.hyper_nu)
+        blind = _blocks.blind(context.num, h, gradient_squares, moments.hyper_nu)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
@@ -175,7 +177,7 @@ def scale_by_dirichlet(
         last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
         # A skipped step keeps the memory. But if only a hypergradient overflowed, it is emptied, or
         # every later step would be skipped.
-        keep = f32(memory_decay) * jnp.where(blind, 0.0, keep)
+        keep = f32(memory_decay) * jnp.where(blind, 0.0, shrink)
         keep = jnp.where(taken, keep, jnp.where(overflows, 0.0, 1.0))
         updates, step_memory, squares = arithmetic.move(
             direction, remembered, state.step_memory, last_rates, jnp.where(taken, weights, 0.0),
@@ -183,7 +185,7 @@ def scale_by_dirichlet(
         )  # fmt: skip
         walk = _walk.advance(state.walk, keep, weights, squares, blocks.sizes(step_memory))
 
-        # 5. Keep what the next gradient needs. A skipped step else changes only its counters.
+        # 5. Keep what the next gradient needs. A skipped step keeps all else.
         if_skipped = state._replace(
             last_rates=last_rates, step_memory=step_memory, inner_state=inner_state,
             walk=_walk.shortened(state.walk, keep),
@@ -199,7 +201,7 @@ def scale_by_dirichlet(
             skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
         )
 
-    # (optax.inject_hyperparams makes a transform with arrays for numbers at every update.)
-    lasting = all(map(_check.is_number, (min_rate, rate_budget, memory_decay)))
-    update = compiled_outside_jit(update_fn, blocks_in) if lasting else update_fn
-    return optax.GradientTransformationExtraArgs(init_fn, update)
+    constants = (learning_rate, min_rate, rate_budget, memory_decay, weight_decay)
+    return optax.GradientTransformationExtraArgs(
+        init_fn, compiled_outside_jit(update_fn, blocks_in, constants)
+    )

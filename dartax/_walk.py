@@ -23,10 +23,10 @@ valley cancel, and give less:
     power_i = (mean square of u_i, averaged over about 20 updates) / p
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
-For about 50 updates the inner transform's averages hold too few gradients for noise to cancel:
-power is above 1, and nothing is taken for noise yet. If directions have the same size whatever the
-gradients do, as their signs have, or a size that depends on the scale of the loss, power says
-nothing, and noise is 0.
+For about 50 updates with b1 = 0.9 the inner transform's averages hold too few gradients for noise
+to cancel: power is above 1, and nothing is taken for noise yet. If directions have the same size
+whatever the gradients do, as their signs have, or a size that depends on the scale of the loss,
+power says nothing, and noise is 0.
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """

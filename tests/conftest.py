@@ -92,6 +92,6 @@ def serve(monkeypatch):
 @pytest.fixture
 def all_measured(monkeypatch):
     """No inner transform tells what it makes of white noise: ours and optax's are alike."""
-    from dartax import _walk  # here, as XLA_FLAGS must be set before
+    from dartax import _probe  # here, as XLA_FLAGS must be set before
 
-    monkeypatch.setattr(_walk, "declared", lambda inner: None)
+    monkeypatch.setattr(_probe, "declared", lambda inner: None)

@@ -170,7 +170,7 @@ def dart(
             for i in range(K):
                 progress, power, displacement = evidence(i, t)
                 noise = np.clip(2 - abs(np.log(power)) / 0.3, 0, 1) if power > 0 else 0.0
-                limit = min(max(0.05, 10 / schedule_steps), 20.0 / (1 + t))
+                limit = min(max(0.05, 10 * annealing / schedule_steps), 20.0 / (1 + t))
                 limit = min(limit * max(2e-2 * rms[i] / rate[i], 1), 0.5)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)

@@ -74,3 +74,26 @@ def test_schedules_get_counts_as_optax_gives_them(make):
     state = optimizer.init(params)
     optimizer.update(params, state, params)
     assert all(isinstance(count, jax.Array) and count.dtype == jnp.int32 for count in seen)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [optax.linear_schedule(0.0, 1.0, 10), optax.warmup_constant_schedule(0.0, 1.0, 10)],
+    ids=["linear", "warmup"],
+)
+def test_a_warm_up_to_a_constant_makes_no_run_short(schedule):
+    """Rates grow as they do without a schedule: none of it is going to be taken back."""
+
+    def mean_rate(learning_rate):
+        optimizer = dartax.dart(
+            learning_rate, inner=optax.identity(), init_rate=2e-3, rate_budget=100.0
+        )
+
+        def step(state, _):
+            return optimizer.update({"w": jnp.ones(3)}, state)[1], None
+
+        state = optimizer.init({"w": jnp.ones(3)})
+        state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, length=60))(state)
+        return dartax.expected_learning_rates(state, {"w": 0})["w"]
+
+    assert mean_rate(schedule) < 1.1 * mean_rate(1.0)

@@ -94,22 +94,17 @@ def directions(
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
     """See :func:`dartax._plain.directions`; a part of the direction goes into the memory."""
     extra_args["step_memory"] = step_memory
-    update, phase = fusable(inner), phases(blocks)
-    if update is None:
+    update = fusable(inner)
+    part_of = functools.partial(part_like, step_memory, phases=phases(blocks))
+    if update is None or not update.finite:
         direction, new_state = inner.update(updates, inner_state, params, **extra_args)
         taken &= jnp.all(jnp.isfinite(sums(jnp.square, jax.tree.leaves(direction))))
         direction = zero_unless(taken, direction)
-        part = part_like(step_memory, direction, phase)
-        return direction, part, select(taken, new_state, inner_state), taken
-    # The directions of these are finite where the gradients are.
+        return direction, part_of(direction), select(taken, new_state, inner_state), taken
     direction, inner_state = update(updates, inner_state, params, taken=taken, **extra_args)
-    if not update.always_finite:
-        direction = zero_unless(taken, direction)
     if update.again is None:
-        return direction, part_like(step_memory, direction, phase), inner_state, taken
-    part_of = functools.partial(part_like, step_memory, phases=phase)
-    part = update.again(updates, inner_state, taken, part_of)
-    return direction, part if update.always_finite else zero_unless(taken, part), inner_state, taken
+        return direction, part_of(direction), inner_state, taken
+    return direction, update.again(updates, inner_state, taken, part_of), inner_state, taken
 
 
 def move(

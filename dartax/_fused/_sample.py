@@ -13,8 +13,8 @@ would repeat whatever repeats in them, such as the lines of an image. So the row
 each bunch of rows gives one element of every column, and groups of columns take it from different
 rows.
 
-Most rows of a table may have no gradients, and the sample none at all. So a sample has a *phase*,
-by which it is moved on in every bunch, row by row until it finds some
+Most rows of an embedding table may have no gradients, and the sample none at all. So a sample has a
+*phase*, by which it is moved on in every bunch, row by row until it finds some
 (``dartax._blocks.blind``).
 
 Gain: 0.1 to 0.6 bytes of state per parameter in place of 4, and on a CPU a step of 10 M parameters

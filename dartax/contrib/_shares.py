@@ -35,8 +35,9 @@ import optax
 
 from dartax import _check, _probe, random
 from dartax._blocks import LARGEST_ROOT
-from dartax._fusable import FusableUpdate, choose, fusable, guard
+from dartax._fusable import FusableUpdate, choose, fusable
 from dartax._fused._mesh import auto_sharded
+from dartax._half import in_float32
 
 PyTree = Any
 
@@ -346,13 +347,11 @@ def scale_by_shares(
     positive = lambda v: v > 0  # noqa: E731
     _check.number("concentration", concentration, "a positive number", positive, "10.0 is usual")
     random.check_key(key)
-    given = inner
     known = fusable(inner)
-    inner = guard(inner) if known is None or known.again is None else inner
-    inner_update: Any = fusable(inner)
+    inner = in_float32(inner) if known is None else inner
 
     def init_fn(params):
-        _probe.check_sign("inner", given, params)
+        _probe.check_sign("inner", inner, params)
 
         def full(value):
             def leaf(p):
@@ -393,22 +392,24 @@ def scale_by_shares(
             jnp.asarray(concentration, jnp.float32),
             taken,
         )
-        direction, inner_state = inner_update(
-            updates, state.inner_state, params, taken=taken, **extra_args
-        )
+        if known is not None:
+            extra_args["taken"] = taken
+        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         direction = jax.tree.map(times, direction, new.shares.within_factor)
         return direction, new._replace(inner_state=inner_state)
 
+    inner_again: Any = known.again if known else None
+
     def again(updates, state, taken, part):
-        direction = inner_update.again(updates, state.inner_state, taken, part)
+        direction = inner_again(updates, state.inner_state, taken, part)
         return jax.tree.map(times, direction, part(state.shares.within_factor))
 
     update = FusableUpdate(
         update_fn,
-        again,
-        always_finite=inner_update.always_finite,
+        again=again if inner_again else None,
+        finite=known is not None and known.finite,
         whole_memory=True,
-        white_noise=inner_update.white_noise,
+        white_noise=known.white_noise if known else None,
     )
     return optax.GradientTransformationExtraArgs(init_fn, update)
 

@@ -97,5 +97,5 @@ def adam(
 
     # The average m of white noise has the mean square (1 - b1) / (1 + b1).
     white_noise = None if nesterov else (1.0, b1, (1 - b1) / (1 + b1))
-    update = FusableUpdate(update_fn, again, always_finite=True, white_noise=white_noise)
+    update = FusableUpdate(update_fn, again, white_noise=white_noise)
     return optax.GradientTransformationExtraArgs(init_fn, update)

@@ -77,5 +77,5 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
         del updates, taken
         return jax.tree.map(lambda sign: sign.astype(jnp.float32), part(state.sign))
 
-    update = FusableUpdate(update_fn, again, always_finite=True)
+    update = FusableUpdate(update_fn, again)
     return optax.GradientTransformationExtraArgs(init_fn, update)

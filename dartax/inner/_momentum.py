@@ -45,5 +45,5 @@ def momentum(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
         del updates, taken
         return part(state.trace)
 
-    update = FusableUpdate(update_fn, again, always_finite=True, white_noise=(1.0, decay, 0.0))
+    update = FusableUpdate(update_fn, again, white_noise=(1.0, decay, 0.0))
     return optax.GradientTransformationExtraArgs(init_fn, update)

@@ -1,8 +1,9 @@
 """Muon's directions: matrices by orthogonalized momentum, everything else by Adam.
 
-With G the momentum of the gradients of a matrix, and G = U S V^T its singular values, the direction
-is close to U V^T (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Five steps of a
-Newton-Schulz iteration bring all singular values of X = G / |G| near 1, without computing them:
+With G the Nesterov momentum of the gradients of a matrix, and G = U S V^T its singular values, the
+direction is close to U V^T (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Five
+steps of a Newton-Schulz iteration bring most singular values of X = G / |G| near 1, without
+computing them:
 
     X <- 3.4445 X - 4.7750 (X X^T) X + 2.0315 (X X^T)^2 X
 
@@ -26,8 +27,8 @@ from dartax.inner._adam import adam
 
 PyTree = Any
 
-# Coefficients of the iteration; they make small singular values grow fast, and leave all of them
-# between 0.7 and 1.2.
+# Coefficients of the iteration. They make small singular values grow fast: five steps bring those
+# above 0.002 |G| to between 0.68 and 1.21.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Root mean square of the elements of a direction of Adam.
 ADAM_RMS = 0.2
@@ -140,5 +141,5 @@ def muon(
 
     parts = {"muon": _orthogonal(momentum, int(steps)), "adam": adam(b1, b2, eps)}
     both = optax.partition(parts, labels)
-    update = FusableUpdate(both.update, again=None, always_finite=True)
+    update = FusableUpdate(both.update, again=None)
     return optax.GradientTransformationExtraArgs(both.init, update)
