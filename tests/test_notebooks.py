@@ -18,7 +18,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def test_these_are_the_notebooks():
-    names = ["dirichlet_rates", "flax", "quickstart", "reading_a_run"]
+    names = ["dirichlet_rates", "flax", "quickstart", "reading_a_run", "switch_from_adamw"]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -56,10 +56,14 @@ def test_notebook_runs(path, outputs):
         raise found
     # A call that ends in a figure shows it.
     pictures = [output for output in found if "image/png" in output.get("data", {})]
-    assert (
-        len(pictures)
-        == {"flax": 0, "quickstart": 2, "dirichlet_rates": 6, "reading_a_run": 7}[path.stem]
-    )
+    expected = {
+        "dirichlet_rates": 6,
+        "flax": 0,
+        "quickstart": 2,
+        "reading_a_run": 7,
+        "switch_from_adamw": 3,
+    }
+    assert len(pictures) == expected[path.stem]
     # Warnings go there.
     assert not [output.text for output in found if output.get("name") == "stderr"]
 
