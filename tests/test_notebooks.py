@@ -18,7 +18,14 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 def test_these_are_the_notebooks():
-    names = ["dirichlet_rates", "flax", "quickstart", "reading_a_run", "switch_from_adamw"]
+    names = [
+        "dirichlet_rates",
+        "fine_tuning",
+        "flax",
+        "quickstart",
+        "reading_a_run",
+        "switch_from_adamw",
+    ]
     assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -58,6 +65,7 @@ def test_notebook_runs(path, outputs):
     pictures = [output for output in found if "image/png" in output.get("data", {})]
     expected = {
         "dirichlet_rates": 6,
+        "fine_tuning": 2,
         "flax": 0,
         "quickstart": 2,
         "reading_a_run": 7,
