@@ -19,6 +19,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 def test_these_are_the_notebooks():
     names = [
+        "choosing_inner",
         "dirichlet_rates",
         "fine_tuning",
         "flax",
@@ -64,6 +65,7 @@ def test_notebook_runs(path, outputs):
     # A call that ends in a figure shows it.
     pictures = [output for output in found if "image/png" in output.get("data", {})]
     expected = {
+        "choosing_inner": 2,
         "dirichlet_rates": 6,
         "fine_tuning": 2,
         "flax": 0,
