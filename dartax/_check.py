@@ -5,6 +5,7 @@ that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparamet
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
@@ -130,15 +131,25 @@ def schedule(name: str, value: Any) -> None:
         )
 
 
-def not_a_rate(value: Any) -> None:
-    """Warns of a constant that looks like the rate of another optimizer."""
-    if is_number(value) and 0 < value <= 0.1:
+def not_a_rate(value: Any, greatest: float | None) -> None:
+    """Warns of a number or schedule, of known ``greatest`` value, that looks like a rate."""
+    if greatest is not None and 0 < greatest <= np.float32(0.1):
+        got = f"{value}" if is_number(value) else f"a schedule that never exceeds {greatest:.3g}"
         warnings.warn(
             f"learning_rate multiplies the rates that dart learns, and is no rate itself; got "
-            f"{value}, which makes every step that much shorter. Leave it out, or pass a schedule "
+            f"{got}, which makes every step that much shorter. Leave it out, or pass a schedule "
             "that falls from 1 to 0.",
-            stacklevel=4,
+            stacklevel=_frames_of_dartax() + 1,
         )
+
+
+def _frames_of_dartax() -> int:
+    """How many of the innermost frames, from the caller on, belong to this package."""
+    frame: Any = sys._getframe(1)
+    count = 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("dartax."):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def scalar(name: str, value: Any, fix: str) -> Any:

@@ -56,6 +56,7 @@ from dartax._averages import Number, debias, f32, moving_average, root
 from dartax._blocks import Labels
 from dartax._draw import Draw
 from dartax._rule import Context, Rule
+from dartax._schedule import greatest
 from dartax._state import Moments
 from dartax._transform import Implementation, scale_by_dirichlet
 from dartax._walk import noise
@@ -286,7 +287,7 @@ def scale_by_dart(
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)
-    _check.not_a_rate(learning_rate)
+    _check.not_a_rate(learning_rate, greatest(learning_rate))
     _check.rates(init_rate, min_rate, rate_budget)
     _check.within("concentration", concentration, "[1e-4, 1e4]", "10.0 is usual")
     _check.decay("memory_decay", memory_decay)

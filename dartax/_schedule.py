@@ -46,6 +46,17 @@ def ending(learning_rate: optax.ScalarOrSchedule) -> Ending:
     return Ending(jnp.where(ends, after.astype(jnp.float32), 0.0), jnp.where(ends, values[-1], 0.0))
 
 
+def greatest(learning_rate: optax.ScalarOrSchedule) -> float | None:
+    """The greatest value of a number or a schedule; ``None`` if it cannot be known now."""
+    if _check.is_number(learning_rate):
+        return float(learning_rate)
+    try:
+        with jax.ensure_compile_time_eval():
+            return float(jnp.max(jax.vmap(learning_rate)(GRID)))
+    except Exception:
+        return None  # an array, a schedule of traced values, or of one count at a time
+
+
 def value_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
     """Value of the user's schedule, float32; counts are int32 arrays, as optax passes them."""
     value = learning_rate(count) if callable(learning_rate) else learning_rate

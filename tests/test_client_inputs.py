@@ -237,10 +237,18 @@ def test_gradients_of_the_density_on_the_boundary(concentration):
     np.testing.assert_allclose(of_point, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rate", [3e-4, 1e-3, 0.1])
-def test_a_constant_that_looks_like_a_rate_is_told(rate):
-    for make in (dartax.dart, dartax.scale_by_dart):
-        with pytest.warns(UserWarning, match=f"learning_rate multiplies .* got {rate}"):
-            make(learning_rate=rate)
-    for fine in (1.0, 0.5, 0.0, optax.constant_schedule(rate)):
-        dartax.dart(fine)
+@pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart])
+def test_what_looks_like_a_rate_is_told(make):
+    def said(learning_rate, match):
+        with pytest.warns(UserWarning, match=f"learning_rate multiplies .* got {match}") as caught:
+            make(learning_rate=learning_rate)
+        assert caught[0].filename == __file__, "the warning points at the user's line"
+
+    for rate in (3e-4, 1e-3, 0.1):
+        said(rate, rate)
+        said(optax.constant_schedule(rate), f"a schedule that never exceeds {rate:.3g}")
+    said(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 30, 600), "a schedule that never exceeds")
+    said(optax.cosine_decay_schedule(3e-4, 600), "a schedule that never exceeds 0.0003")
+    for fine in (1.0, 0.5, 0.0, optax.linear_schedule(0.0, 1.0, 10**6), lambda count: 0.3):
+        make(learning_rate=fine)
+    jax.jit(lambda rate: optax.tree.get(make(learning_rate=rate).init(jnp.ones(3)), "count"))(1e-3)
