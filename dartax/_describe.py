@@ -10,7 +10,7 @@ import numpy as np
 
 from dartax import _check
 from dartax._blocks import PyTree, path_names
-from dartax._description import Description
+from dartax._colored import Description
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
 from dartax._state import ScaleByDartState

@@ -23,13 +23,7 @@ GROUP_SIZE = 1 << 19
 
 @jax.jit
 def _after(value: jax.Array, array: jax.Array) -> jax.Array:
-    """``value``, a scalar, computed after ``array`` as far as XLA can be made to.
-
-    An array that is split over an explicit mesh is not waited for: its first element lies on one
-    device.
-    """
-    if array.size == 0 or any(jax.typeof(array).sharding.spec):
-        return value
+    """``value``, a scalar, computed after ``array`` as far as XLA can be made to."""
     first = jnp.atleast_1d(jax.lax.stop_gradient(array[(0,) * (array.ndim - 1)]))[:2]
     never = first > jnp.inf  # XLA does not see that this is false
     # A reduction, which XLA computes once, in a kernel of its own: else the programs of its readers

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from dartax._description import Description
+from dartax._colored import Description
 from dartax.experiments import config as config_lib
 from dartax.experiments.config import Config, ConfigError
 
