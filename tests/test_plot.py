@@ -322,3 +322,7 @@ def test_bad_input_gets_one_sentence(call, kind, message):
     text = str(caught.value)
     assert text.endswith((".", "?"))
     assert "\n" not in text
+
+
+def test_a_notebook_shows_a_picture_without_a_magic():
+    assert plot.learning_rates(of_many(2))._repr_png_().startswith(b"\x89PNG")

@@ -9,6 +9,7 @@ from dartax._history import Names, Steps, load
 from dartax.plot._theme import (
     MANY,
     WIDTH,
+    Picture,
     colors,
     count,
     finish,
@@ -57,9 +58,7 @@ def ridges(
     edges = _rate_axis([law for of_step in laws for law in of_step])
     centers = np.sqrt(edges[1:] * edges[:-1])
     with theme(dark) as tones:
-        figure = Figure(
-            figsize=(8, float(np.clip(0.5 * num + 1.3, 3.0, 9.0))), dpi=110, layout="constrained"
-        )
+        figure = Picture(8.0, float(np.clip(0.5 * num + 1.3, 3.0, 9.0)))
         # Many blocks would hide one another at the other steps.
         panels = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
         if not many:
@@ -161,7 +160,7 @@ def simplex(
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(0.75)]])
     way = concentration / concentration.sum(axis=1, keepdims=True) @ corners
     with theme(dark) as tones:
-        figure = Figure(figsize=(2.1 * len(rows) + 0.4, 2.8), dpi=110, layout="constrained")
+        figure = Picture(2.1 * len(rows) + 0.4, 2.8)
         panels = figure.subplots(1, len(rows), squeeze=False)[0]
         for ax, row in zip(panels, rows, strict=True):
             ax.set_aspect("equal")

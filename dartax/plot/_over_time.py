@@ -13,6 +13,7 @@ from dartax.plot._theme import (
     FEW,
     MANY,
     WIDTH,
+    Picture,
     colors,
     count,
     finish,
@@ -185,7 +186,7 @@ def budget(metrics: Any, *, dark: bool = False) -> Figure:
     slack = _slack(history)
     with theme(dark) as tones:
         panels = 1 if slack is None else 2
-        figure = Figure(figsize=(8, 3 * panels + 0.5), dpi=110, layout="constrained")
+        figure = Picture(8.0, 3 * panels + 0.5)
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         if slack is not None:
             _spent(axes[0], history, slack, tones)

@@ -1,6 +1,7 @@
 """Colours and labels of the pictures: on white or nearly black, told apart by everyone."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -52,9 +53,21 @@ def theme(dark: bool) -> Iterator[dict[str, str]]:
         yield tones
 
 
+class Picture(Figure):
+    """A figure that belongs to no window. A notebook shows it, without ``%matplotlib inline``."""
+
+    def __init__(self, width: float, height: float):
+        super().__init__(figsize=(width, height), dpi=110, layout="constrained")
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def new_figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
-    """A figure that belongs to no window, and its axes."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    """A picture and its axes."""
+    figure = Picture(width, height)
     return figure, figure.subplots()
 
 
