@@ -181,7 +181,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradients_pass_through_updates(name, steps):

@@ -153,7 +153,7 @@ def test_a_run_does_not_depend_on_those_it_is_vmapped_with(done):
     np.testing.assert_allclose(together, apart, rtol=1e-3)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_shipped_comparisons_load_and_build(path):
     config = compare.load(path)

@@ -71,7 +71,7 @@ def weak_types(tree):
     return [jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @every_optimizer
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_state_is_a_fixed_point_and_dtypes_are_kept(make, dtype):

@@ -159,6 +159,7 @@ def first_batches(problem, seed=0, **settings):
     return task, params, state, batches
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("problem", ["ppo_cartpole", "ppo_pendulum"])
 def test_ppo_goes_through_a_rollout_in_minibatches(problem):
     task, params, _, batches = first_batches(problem)
@@ -246,6 +247,7 @@ def compared(problem, rate=1e-2, **settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "settings"),
     [

@@ -52,6 +52,7 @@ def slope(a, b):
     return lambda p: a * jnp.sum(p["a"]) + b * jnp.sum(p["b"])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("loss", "noise", "expected"),
     [

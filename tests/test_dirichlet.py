@@ -39,6 +39,7 @@ def test_kl_divergence_is_the_mean_log_ratio():
     np.testing.assert_allclose(dirichlet.kl_divergence(jnp.ones(3), jnp.ones(3)), 0, atol=1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("a", CONCENTRATIONS)
 def test_marginals_are_beta(a):
     n = 20_000

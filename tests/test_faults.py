@@ -230,6 +230,7 @@ def test_a_kill_at_any_step_of_writing_leaves_a_run_that_ends_the_same(monkeypat
 # Signals
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_resume(signum, status, dartax, runs):
     config_lib.save(dataclasses.replace(TINY, checkpoint_seconds=1e9), Path("a.toml"))
@@ -283,6 +284,7 @@ def no_file_beyond(size):
 
 
 # A row of metrics.csv is cut, or one of the files of a checkpoint: those of the arrays, the metadata.
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "room",
     [
@@ -669,6 +671,7 @@ def test_mistakes_that_tyro_sees_name_the_flag(mistake, capsys):
     assert content(Path()) == {Path("a.toml"): b""}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("words", ["train --epochs 1 a.toml", "train a.toml --epochs 1"])
 def test_the_file_may_stand_anywhere(words, dartax):
     config_lib.save(dataclasses.replace(TINY, workdir="a"), Path("a.toml"))
@@ -699,6 +702,7 @@ class Failing(io.TextIOBase):
         raise OSError(28, "No space left on device")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stream", [None, Failing()])
 def test_what_cannot_be_printed_ends_no_run(stream, monkeypatch):
     config_lib.save(dataclasses.replace(TINY, epochs=1, workdir="a"), Path("a.toml"))

@@ -82,14 +82,14 @@ exact = functools.partial(dartax.dart, init_rate=1e-2, memory_dtype="float32")
 every_pair = pytest.mark.parametrize("name", PAIRS)
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 @every_pair
 def test_every_inner_transform(name):
     fused, plain = PAIRS[name]
     assert_same_run(exact(inner=fused()), exact(inner=plain(), implementation="plain"))
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "memory_decay"),
     [
@@ -137,7 +137,7 @@ def test_half_precision(inner, dtype, rtol):
     assert_same_run(make(), make(implementation="plain"), dtype, rtol)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 def test_float64():
     with jax.enable_x64(True):
         params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), jnp.float64), PARAMS)

@@ -1,6 +1,5 @@
 """The notebooks run from top to bottom, are committed without outputs, and leave Colab's JAX alone."""
 
-import asyncio
 import json
 import runpy
 import shlex
@@ -30,38 +29,22 @@ def test_these_are_the_notebooks():
     assert [path.stem for path in NOTEBOOKS] == names
 
 
-async def execute(path, limit):
-    """The outputs of a notebook, or what it raised."""
+# These train dozens of networks.
+LONG = ("choosing_inner", "fine_tuning", "switch_from_adamw")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG))
+        for path in NOTEBOOKS
+    ],
+)
+def test_notebook_runs(path, monkeypatch):
+    monkeypatch.setenv("DARTAX_NOTEBOOK_STEPS", "24")  # at reduced size
     notebook = nbformat.read(path, as_version=4)
-    async with limit:
-        try:
-            await nbclient.NotebookClient(
-                notebook, timeout=300, kernel_name="python3"
-            ).async_execute()
-        except nbclient.exceptions.CellExecutionError as error:
-            return error
-    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
-
-
-async def execute_all():
-    """Two at a time: they spend their time compiling."""
-    limit = asyncio.Semaphore(2)
-    return await asyncio.gather(*[execute(path, limit) for path in NOTEBOOKS])
-
-
-@pytest.fixture(scope="module")
-def outputs():
-    """Of all notebooks at reduced size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DARTAX_NOTEBOOK_STEPS", "24")
-        return dict(zip(NOTEBOOKS, asyncio.run(execute_all()), strict=True))
-
-
-@each_notebook
-def test_notebook_runs(path, outputs):
-    found = outputs[path]
-    if isinstance(found, Exception):
-        raise found
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     # A call that ends in a figure shows it.
     pictures = [output for output in found if "image/png" in output.get("data", {})]
     expected = {

@@ -149,6 +149,7 @@ def test_a_process_lost_while_a_checkpoint_is_saved(kind, monkeypatch, capsys):
         raise ValueError("another")
 
 
+@pytest.mark.slow
 def test_two_processes_are_refused_together():
     Path("runs/held").mkdir(parents=True)
     with held(Path("runs/held")), two_processes("runs/held", 1) as processes:

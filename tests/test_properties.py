@@ -184,7 +184,7 @@ def check(name, options, gradients):
         )
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ROWS)
 def test_whatever_is_fed(name):
     gradients = hnp.arrays(np.float32, (STEPS, sum(SIZES)), elements=numbers)

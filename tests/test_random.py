@@ -83,6 +83,7 @@ def test_fast_draws_in_float64(a):
     assert len(np.unique(draws)) > 0.9999 * draws.size  # not those of float32
 
 
+@pytest.mark.slow
 def test_fast_draws_are_independent():
     draws = np.asarray(random.loggamma(13, jnp.ones((2, 500_000)), method="fast"))
     for first, second in ((draws[0], draws[1]), (draws[0, 1:], draws[0, :-1])):

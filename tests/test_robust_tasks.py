@@ -171,6 +171,7 @@ def test_a_task_under_each_schedule():
     assert cells["task_linear", "free"] == cells["task_constant", "free"]
 
 
+@pytest.mark.one_in(3)
 def test_accumulation_updates_once_in_so_many_batches():
     config = compared(tiny("digits", steps=12, accumulate=4))
     cell = compare.run_cell(config, "task", "adamw", lambda _: None)

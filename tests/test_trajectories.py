@@ -177,6 +177,7 @@ def test_shared_blocks_follow_the_reference():
     assert_equal_trajectories(got, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("options", "inner"),
     [

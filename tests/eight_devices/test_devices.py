@@ -72,6 +72,7 @@ def test_ends_where_one_device_ends(width, layout):
         assert all(np.array_equal(shard, shards[0]) for shard in shards)
 
 
+@pytest.mark.slow
 def test_plain_ends_where_one_device_ends():
     expected, _ = on_one_device(implementation="plain")
     params, batch_sharding = placed("two axes", make_params())
@@ -190,6 +191,7 @@ def branches(params):
     return str(traced.jaxpr).count("branches_platforms")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("number", [None, 0, 5])
 def test_one_of_eight_devices_is_as_fast_as_the_only_one(number, monkeypatch):
     monkeypatch.setattr(_order, "GROUP_SIZE", 1)
@@ -204,6 +206,7 @@ def test_one_of_eight_devices_is_as_fast_as_the_only_one(number, monkeypatch):
     assert branches(params) >= 3  # the moments, the sums, the sample
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x"), P()])
 def test_what_is_split_over_devices_takes_no_branch_of_one(kind, spec, monkeypatch):
