@@ -31,8 +31,8 @@ if "DARTAX_TEST_DEVICES" in os.environ:
 import jax
 import pytest
 
-# Not part of a run of all tests. test_eight_devices.py runs the one, .ci/matrix the other.
-collect_ignore = ["eight_devices", "compiler"]
+# Not part of a run of all tests. test_eight_devices.py runs the first, .ci/matrix the others.
+collect_ignore = ["eight_devices", "compiler", "clients"]
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not hasattr(jax, "enable_x64"):  # before JAX 0.8
