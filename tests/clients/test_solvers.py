@@ -77,8 +77,8 @@ def test_optimistix(compare, tolerance, init_rate):
         program, rate=1e-2, steps=3000, better="lower",
         dart=functools.partial(dartax.dart, init_rate=init_rate),
     )  # fmt: skip
-    assert dart < adam + 1e-3
-    assert decayed < adam + 1e-3
+    assert dart < adam + 3e-3  # from 0.8
+    assert decayed < adam + 3e-3
 
 
 def test_jaxopt(compare):
