@@ -84,7 +84,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def table(rows):
-    """The rows in Markdown, the best number of each in bold."""
+    """The rows in Markdown, the best number of each in bold, ties too."""
     lines = [
         "| library | task | better | Adam (rate) | `dart()` | `dart(decay)` |",
         "|---|---|---|---|---|---|",
@@ -93,7 +93,7 @@ def table(rows):
         reached = {name: row[name] for name in NAMES if name in row}
         best = (min if row["better"] == "lower" else max)(reached.values())
         cells = {name: f"{number:.4g}" for name, number in reached.items()}
-        cells |= {name: f"**{cells[name]}**" for name in reached if reached[name] == best}
+        cells |= {name: f"**{cells[name]}**" for name in reached if cells[name] == f"{best:.4g}"}
         cells["adam"] += f" ({row['rate']:g})"
         lines.append(
             f"| {row['library']} {row['version']} | {row['task']} | {row['better']} "
