@@ -94,10 +94,7 @@ def test_jinns(compare):
     "dtype",
     [
         "float64",
-        pytest.param(
-            "complex128",
-            marks=pytest.mark.xfail(strict=False, reason="complex parameters are being written"),
-        ),
+        "complex128",
     ],
 )
 def test_netket(compare, x64, dtype):
