@@ -174,7 +174,7 @@ def test_a_whole_optimizer_as_inner(make, inner):
         sentence(caught)
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("inner", DIRECTIONS.values(), ids=DIRECTIONS)
 def test_directions_as_inner(inner):
     optimizer = dartax.dart(inner=inner)

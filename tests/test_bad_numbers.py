@@ -78,6 +78,7 @@ def undisturbed(name):
     return np.log(run(name, NO_FAULT, 1.0)[0])
 
 
+@pytest.mark.one_in(3)
 @every_optimizer
 @pytest.mark.parametrize(
     ("when", "value", "where"),

@@ -35,7 +35,7 @@ def train(optimizer, loss, params, steps, conjugate=True):
     return scan((params, optimizer.init(params)))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("directions", "implementation"),
     [

@@ -123,6 +123,7 @@ def train_with_rates_of(config, workdir, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_adam_with_the_distilled_schedules_ends_where_dart_ends(monkeypatch):
     config = Config(
         epochs=6, log_steps=11, mesh=(1,), workdir="runs/dart", model=ModelConfig(hidden=(32,))

@@ -186,6 +186,7 @@ def test_a_missing_package_names_its_extra(log, package, monkeypatch):
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_resumed_with_another_log():
     whole = train_and_evaluate(CONFIG, progress=False)
     Path("runs/a/summary.json").unlink()

@@ -39,6 +39,7 @@ def test_a_matrix_of_zeros_has_no_direction():
     np.testing.assert_array_equal(orthogonalize(jnp.zeros((3, 4))), np.zeros((3, 4)))
 
 
+@pytest.mark.slow
 def test_directions_are_those_of_optax():
     dims = jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), PARAMS)
     names = ("wide", "tall")

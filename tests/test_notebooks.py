@@ -29,8 +29,8 @@ def test_these_are_the_notebooks():
     assert [path.stem for path in NOTEBOOKS] == names
 
 
-# These train dozens of networks.
-LONG = ("choosing_inner", "fine_tuning", "switch_from_adamw")
+# These train dozens of networks, or draw millions of numbers.
+LONG = ("choosing_inner", "dirichlet_rates", "fine_tuning", "reading_a_run", "switch_from_adamw")
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ LONG = ("choosing_inner", "fine_tuning", "switch_from_adamw")
 )
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("DARTAX_NOTEBOOK_STEPS", "24")  # at reduced size
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # a command may have set it
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]

@@ -103,6 +103,7 @@ def test_few_rows_of_an_embedding_have_gradients(small_files):  # noqa: F811
     assert 1 <= np.sum(np.any(grads["context"] != 0, axis=1)) <= 1 + robust_tasks.NEGATIVES
 
 
+@pytest.mark.slow
 def test_private_gradients_are_clipped_one_by_one_and_noisy():
     task = tasks.build(tiny("digits", batch_size=16))
     params = jax.tree.map(lambda p: 0.3 * p, task.init(jax.random.key(0)))

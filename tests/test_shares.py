@@ -164,6 +164,7 @@ def test_a_skipped_step_leaves_the_shares():
     assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_any_inner_transform_is_shared_out():
     """Around optax's own Adam, whose last direction has to be kept, all is as around ours."""

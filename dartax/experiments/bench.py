@@ -344,14 +344,16 @@ def table(content: dict[str, Any]) -> str:
 
 def sentence(content: dict[str, Any]) -> str:
     """What a reader wants to know: how long a step takes beside the target's, at each size."""
-    parts = []
+    lines = []
     for size, results in content["sizes"].items():
         target, *others = results
         name = "dart" if "dart" in others else others[0] if others else target
         parameters, tensors = dataclasses.astuple(Size.parse(size))
-        ratio = results[name]["ratio"]
-        parts.append(f"{ratio:.2f} times {target}'s with {parameters:,} in {tensors} tensors")
-    return f"{name}'s step takes {', '.join(parts)}."
+        lines.append(
+            f"{parameters:,} parameters in {tensors} tensors: a step of {name} takes "
+            f"{results[name]['ratio']:.2f} times as long as {target}'s."
+        )
+    return "\n".join(lines)
 
 
 def draw(content: dict[str, Any]) -> Figure:

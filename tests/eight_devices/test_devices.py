@@ -89,6 +89,7 @@ def fifty_plain_steps():
     return make, batches, train(make(implementation="plain"), make_params(), batches)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", each_layout)
 def test_fifty_fused_steps_end_where_plain_ones_on_one_device_end(layout, monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 1 << 14)  # all of the memory, as the plain one
@@ -98,6 +99,7 @@ def test_fifty_fused_steps_end_where_plain_ones_on_one_device_end(layout, monkey
     assert_close(after, expected, atol=1e-4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("jitted", [False, True])
 def test_state_begins_where_its_parameters_lie(jitted):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
