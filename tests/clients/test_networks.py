@@ -7,6 +7,8 @@ import optax
 import pytest
 from programs import STEPS, batches, cross_entropy, digits
 
+import dartax
+
 TRAIN, TEST = digits()
 
 
@@ -184,8 +186,10 @@ def test_jax_privacy(compare):
 
         for batch in batches(TRAIN, size=256):
             params, states = step(params, states, *batch)
+        ended.append((params, states[1]))
         return loss(params, *TEST)
 
+    ended: list = []
     adam, dart, decayed = compare(
         "jax-privacy",
         "DP-SGD on digits: test loss",
@@ -196,3 +200,8 @@ def test_jax_privacy(compare):
     )
     assert dart < adam + 0.05
     assert decayed < adam + 0.05
+    # A small budget is not used up, and the loss is no worse for it.
+    assert program(dartax.dart(rate_budget=0.05)) < adam + 0.05
+    params, state = ended[-1]
+    assert "pinned" not in dartax.describe(state, params)
+    assert dartax.metrics(state)["dart/spent"] < 0.9
