@@ -69,7 +69,7 @@ def test_leaves_of_one_shape_are_traced_once(inner, weight_decay):
     """The text of a program grows by some calls for every leaf, not by what they compute."""
     optimizer = dartax.dart(inner=inner, weight_decay=weight_decay)
     few, more, most = (lowered(optimizer, jnp.ones((30, 20)), n).count("\n") for n in (10, 20, 40))
-    assert more - few <= 10 * (31 if weight_decay else 15)
+    assert more - few <= 10 * (31 if weight_decay else 17)
     assert most - more <= 2 * (more - few)
 
 
