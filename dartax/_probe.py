@@ -45,7 +45,7 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
         return jax.tree.leaves([first, second])
 
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():
             small = jax.tree.map(
                 lambda p: jnp.full((1,) * jnp.ndim(p), 1e-3, jnp.result_type(p)), params
             )
@@ -138,7 +138,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
         return jnp.stack(of_leaves)
 
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():
             trials = jax.jit(jax.vmap(jax.vmap(trial, (None, None, 0)), (0, 0, None)))
             scales = jnp.array([1.0, 2.0, 0.0]), jnp.array([0.0, 0.0, 1.0])
             found = np.asarray(trials(*scales, jnp.asarray(draws)), float)

@@ -51,7 +51,7 @@ def greatest(learning_rate: optax.ScalarOrSchedule) -> float | None:
     if _check.is_number(learning_rate):
         return float(learning_rate)
     try:
-        with jax.ensure_compile_time_eval():
+        with jax.core.eval_context():
             return float(jnp.max(jax.vmap(learning_rate)(GRID)))
     except Exception:
         return None  # an array, a schedule of traced values, or of one count at a time
