@@ -59,6 +59,8 @@ def number(name: str, value: Any, constraint: str, holds: Callable[[Any], bool],
         and jnp.issubdtype(value.dtype, jnp.number)
         and not jnp.issubdtype(value.dtype, jnp.complexfloating)
     ):
+        if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.complexfloating):
+            fix = "with optax.inject_hyperparams pass hyperparam_dtype=jnp.float32"
         raise TypeError(f"{name} must be {constraint}, got {value!r}; {fix}.")
     elif value.shape != ():
         raise ValueError(f"{name} must be {constraint}, got shape {value.shape}; {fix}.")
@@ -132,7 +134,16 @@ def schedule(name: str, value: Any) -> None:
 
 
 def not_a_rate(value: Any, greatest: float | None) -> None:
-    """Warns of a number or schedule, of known ``greatest`` value, that looks like a rate."""
+    """Warns of a number or schedule, of known ``greatest`` value, that looks like a rate.
+
+    Raises:
+      ValueError: If a schedule is negative throughout.
+    """
+    if greatest is not None and greatest < 0:
+        raise ValueError(
+            f"learning_rate must not be negative, got a schedule that never exceeds {greatest:.3g};"
+            " pass one that falls from 1 to 0."
+        )
     if greatest is not None and 0 < greatest <= np.float32(0.1):
         got = f"{value}" if is_number(value) else f"a schedule that never exceeds {greatest:.3g}"
         warnings.warn(

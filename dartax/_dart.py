@@ -267,13 +267,12 @@ def scale_by_dart(
     Examples:
       Per-layer rates on top of the sign of the momentum:
 
-      >>> import dartax, jax.numpy as jnp, optax
+      >>> import dartax, optax
       >>> optimizer = optax.chain(
       ...     optax.clip_by_global_norm(1.0),
       ...     dartax.scale_by_dart(optax.scale_by_lion()),
       ...     optax.scale(-1.0),
       ... )
-      >>> state = optimizer.init({"w": jnp.ones(3), "b": jnp.zeros(2)})
 
     A step is skipped if one of these is not finite in float32: the squared norm of a block's
     gradient or direction, the square of a concentration's gradient, the schedule, or the loss, if

@@ -63,7 +63,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
 
       - ``not started``: No gradient has judged a rate yet: fewer than two updates.
       - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps. Look for
-        a dead or unused layer.
+        a dead or unused layer, or a schedule that is 0.
       - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % while the
         slack has less than 5 %. Its steps also agree, and longer steps of all blocks would have
         been better. Raise ``rate_budget``. With ``paper_dart``: it has more than 95 %, or its

@@ -13,27 +13,39 @@ import numpy as np
 from dartax import _check
 
 Update = Callable[..., tuple[Any, Any]]
+# What JAX raises where a function needs the values of its arguments.
+NEEDS_VALUES = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
 
 
 def compiled_outside_jit(
-    update: Update, check: Callable[[Any], Any], constants: Sequence[Any]
+    update: Update, outside: Callable[[Any], dict[str, Any]], constants: Sequence[Any]
 ) -> Update:
     """``update`` itself on traced values, and compiled where all of its arguments are concrete.
 
-    Arguments that are no arrays, such as functions, and arrays on several devices go to ``update``.
-    ``check`` sees the state before it is traced. If one of the ``constants`` inside ``update`` is
-    an array, nothing is compiled: ``optax.inject_hyperparams`` makes such a transform anew at every
-    update.
+    Arguments that are no arrays, such as functions, and arrays on several devices go to ``update``,
+    and so does everything once an inner transform has shown that it cannot be traced. If one of the
+    ``constants`` inside ``update`` is an array, nothing is compiled: ``optax.inject_hyperparams``
+    makes such a transform anew at every update.
+
+    Args:
+      update: Takes (updates, state, params) and keywords.
+      outside: From a concrete state to keywords of ``update``: what has to see its values, such as
+        a schedule that looks at a variable.
+      constants: Numbers, functions or arrays.
     """
     if not all(callable(constant) or _check.is_number(constant) for constant in constants):
         return update
-    compiled = jax.jit(update)
+    compiled: Update | None = jax.jit(update)
 
     def update_fn(updates, state, params=None, **extra_args):
-        check(state)
+        nonlocal compiled
         leaves = jax.tree.leaves((updates, state, params, extra_args))
-        function = compiled if all(map(_is_concrete, leaves)) else update
-        return function(updates, state, params, **extra_args)
+        if compiled is not None and all(map(_is_concrete, leaves)):
+            try:
+                return compiled(updates, state, params, **extra_args, **outside(state))
+            except NEEDS_VALUES:
+                compiled = None
+        return update(updates, state, params, **extra_args)
 
     return update_fn
 

@@ -77,7 +77,8 @@ def learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
     Returns:
       A tree like ``params`` of float32 scalars, the user's schedule included: 0 before the
       first update and after a skipped one, NaN for leaves that DART does not control. With
-      ``blocks="channel"`` or ``"element"`` of arrays that broadcast with the leaves.
+      ``blocks="channel"`` or ``"element"`` of arrays that broadcast with the leaves; of a complex
+      leaf those of its real and then of its imaginary parts, along the last axis.
 
     Raises:
       ValueError: If there is no DART state, or ``params`` has another number of leaves.

@@ -25,7 +25,6 @@ from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
 
 def empty_memory(params: PyTree, dtype: Any, whole: bool = True) -> PyTree:
     """The memory before the first step, whole; in ``_fused`` only if ``whole`` says so."""
-    del whole
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype), params)
 
 

@@ -39,9 +39,12 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
     if not leaves or fusable(inner):  # those of dartax.inner are known
         return
 
+    update = optax.with_extra_args_support(inner).update
+
     def response(gradient: Any) -> list[Any]:
-        first, state = inner.update(gradient, inner.init(small), small)
-        second, _ = inner.update(gradient, state, small)
+        given = {"value": jnp.ones([]), "grad": gradient}  # some ask for them
+        first, state = update(gradient, inner.init(small), small, **given)
+        second, _ = update(gradient, state, small, **given)
         return jax.tree.leaves([first, second])
 
     try:

@@ -52,7 +52,7 @@ def greatest(learning_rate: optax.ScalarOrSchedule) -> float | None:
         return float(learning_rate)
     try:
         with jax.core.eval_context():
-            return float(jnp.max(jax.vmap(learning_rate)(GRID)))
+            return float(jnp.max(jax.vmap(learning_rate)(np.append(0, GRID).astype(np.int32))))
     except Exception:
         return None  # an array, a schedule of traced values, or of one count at a time
 

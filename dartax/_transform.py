@@ -92,7 +92,6 @@ def scale_by_dirichlet(
         params = in_pairs(params)
         _probe.check_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
-        # (The published rule does not look at its walk: nothing to measure.)
         known = (
             _probe.white_noise(inner, params, of_leaf, num_blocks)
             if rule.uses_walk
@@ -140,7 +139,7 @@ def scale_by_dirichlet(
             usable &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
         return h, length, squares, usable
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, multiplier=None, **extra_args):
         value = extra_args.get("value")
         blocks = blocks_in(state)
         given = {"updates": updates, "params": params, "grad": extra_args.get("grad")}
@@ -150,7 +149,7 @@ def scale_by_dirichlet(
         h, length, gradient_squares, usable = score(updates, grad, value, state.step_memory, blocks)
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        multiplier = value_at(learning_rate, state.count)
+        multiplier = value_at(learning_rate, state.count) if multiplier is None else multiplier
         context = context_of(state, length, blocks.sizes(state.step_memory), multiplier)
         concentration, moments, shrink = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
@@ -201,7 +200,10 @@ def scale_by_dirichlet(
             skipped=jnp.where(taken, state.skipped, optax.safe_increment(state.skipped)),
         )
 
+    def outside(state):
+        blocks_in(state)  # the checks need values
+        return {"multiplier": value_at(learning_rate, state.count)}
+
     constants = (learning_rate, min_rate, rate_budget, memory_decay, weight_decay)
-    return optax.GradientTransformationExtraArgs(
-        init_fn, compiled_outside_jit(update_fn, blocks_in, constants)
-    )
+    update = compiled_outside_jit(update_fn, outside, constants)
+    return optax.GradientTransformationExtraArgs(init_fn, update)

@@ -255,3 +255,50 @@ def test_what_looks_like_a_rate_is_told(make):
     jax.jit(lambda rate: optax.tree.get(make(learning_rate=rate).init(jnp.ones(3)), "skipped"))(
         1e-3
     )
+
+
+@pytest.mark.parametrize("make", [dartax.dart, dartax.paper_dart])
+def test_outside_jit_a_schedule_sees_values(make):
+    """A plateau decay by hand changes a variable; others look at the count as a Python number."""
+    params = {"w": jnp.ones((4, 3))}
+    factor = {"now": 1.0}
+    for schedule in (lambda _: factor["now"], lambda count: 1.0 if int(count) < 2 else 0.5):
+        factor["now"] = 1.0
+        optimizer = make(schedule)
+        state, seen = optimizer.init(params), []
+        for step in range(4):
+            factor["now"] = 1.0 if step < 2 else 0.5
+            _, state = optimizer.update(params, state, params)
+            seen.append(float(optax.tree.get(state, "last_multiplier")))
+        assert seen == [1.0, 1.0, 0.5, 0.5]
+
+
+def test_outside_jit_an_inner_transform_may_use_numpy():
+    inner = optax.stateless(lambda updates, _: jax.tree.map(np.asarray, updates))
+    optimizer = dartax.dart(inner=inner)
+    params = {"w": jnp.ones((4, 3))}
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(params, state, params)
+    assert np.all(updates["w"] < 0)
+
+
+def test_a_whole_optimizer_that_asks_for_the_loss_is_refused():
+    with pytest.raises(ValueError, match="inner must keep the sign of the gradient"):
+        dartax.dart(inner=optax.polyak_sgd()).init({"w": jnp.ones((4, 3))})
+
+
+def test_a_schedule_of_one_first_step_is_no_rate_and_a_negative_one_is_refused():
+    dartax.dart(optax.exponential_decay(1.0, 1, 0.05))
+    with pytest.raises(ValueError, match="learning_rate must not be negative, got a schedule"):
+        dartax.dart(lambda count: -1.0)
+
+
+def test_injected_hyperparameters_of_complex_parameters():
+    params = {"a": jnp.ones(2), "z": jnp.ones(3, jnp.complex64)}
+    with pytest.raises(TypeError, match="hyperparam_dtype=jnp.float32"):
+        optax.inject_hyperparams(dartax.dart)(learning_rate=1.0).init(params)
+    optimizer = optax.inject_hyperparams(dartax.dart, hyperparam_dtype=jnp.float32)(1.0)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    assert updates["z"].dtype == jnp.complex64

@@ -29,7 +29,8 @@ def adam(
       b2: Decay of the second moment, in [0, 1). Shorter than the usual 0.999, which would remember
         the steep beginning of the ramp for long.
       eps: Added to the root of the second moment, positive.
-      eps_root: Added to the second moment under the root, non-negative.
+      eps_root: Added to the second moment under the root, non-negative. Positive, it makes the
+        gradient through an update finite where an element has had no gradient.
       mu_dtype: Dtype of the first moment; ``None`` is that of the parameters. The direction is
         computed from the rounded moment.
       nesterov: Whether the direction looks one step of momentum ahead (Dozat, 2016).
