@@ -265,3 +265,29 @@ def test_a_notebook_and_a_terminal_show_colours():
     assert page.count('<span style="color: gray">not started</span>') == 2
     assert "&lt;lambda&gt;" in page
     assert "2 not started\n" in page  # the title has no colours
+
+
+def test_a_lower_least_rate_helps_where_the_word_says_so():
+    steep, loss = {"min_rate": 1e-2, "init_rate": 0.1, "inner": SGD}, quadratic(150.0, 250.0)
+    word, high = final_loss(dartax.dart(**steep), loss, 45)
+    _, low = final_loss(dartax.dart(**{**steep, "min_rate": 0.0}), loss, 45)
+    assert word == {"pinned at min"}
+    assert low < 0.9 * high
+
+
+def test_a_higher_concentration_helps_where_the_word_says_so():
+    loss = quadratic(1.0, 3.0)
+    word, wide = final_loss(dartax.dart(concentration=0.01, init_rate=1e-2), loss, 60)
+    _, narrow = final_loss(dartax.dart(init_rate=1e-2), loss, 60)
+    assert word == {"collapsed"}
+    assert narrow < 0.9 * wide
+
+
+def test_shrinking_is_right_where_the_word_is_said():
+    """To leave the rates where they are would do harm: a run that cannot lower them."""
+    high, loss = {"inner": SGD, "init_rate": 0.4}, quadratic(4.0, 6.0)
+    ((said, _),) = history(dartax.dart(**high), loss, [6])
+    assert "shrinking" in said.values()
+    _, free = final_loss(dartax.dart(**high), loss, 60)
+    _, held = final_loss(dartax.dart(**{**high, "min_rate": 0.39}), loss, 60)
+    assert not held < free
