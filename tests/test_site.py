@@ -1,5 +1,6 @@
 """The checker of links finds what leads nowhere, and formulas become MathML."""
 
+import ast
 import runpy
 from pathlib import Path
 
@@ -66,6 +67,16 @@ def test_links_of_a_site(tmp_path, element, broken):
 
 def test_a_site_without_pages_is_no_site(tmp_path):
     assert LINKS["broken_in_site"](tmp_path) == [(str(tmp_path.resolve()), "no page")]
+
+
+def test_the_site_has_every_notebook():
+    program = ast.parse((ROOT / ".ci" / "site").read_text(encoding="utf-8"))
+    (guides,) = (
+        ast.literal_eval(node.value)
+        for node in program.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "GUIDES"
+    )
+    assert sorted(guides) == sorted(path.stem for path in ROOT.glob("notebooks/*.ipynb"))
 
 
 def test_formulas_become_mathml():
