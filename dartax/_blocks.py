@@ -149,11 +149,9 @@ def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes
         if fits[is_complex(update)]:
             continue
         if fits[not is_complex(update)]:
-            kind, fix = (
-                ("real", "take the gradient of a real loss")
-                if is_complex(update)
-                else ("complex", "pass the conjugate of what jax.grad gives")
-            )
+            kind, fix = "complex", "pass the conjugate of what jax.grad gives"
+            if is_complex(update):
+                kind, fix = "real", "take the gradient of a real loss"
             raise TypeError(
                 f"{name} must be {kind} where the parameters are, got {jnp.result_type(update)} at "
                 f"'{path_name(path)}'; {fix}."

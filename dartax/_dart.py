@@ -17,8 +17,8 @@ concentrations move by
 Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
 alone, and makes the smallest one of a block equal ``concentration``.
 
-Growth needs evidence. Let t be the number of hypergradients so far, f the present value of
-the user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
+Growth needs evidence. Let t be the number of hypergradients so far, f the present value of the
+user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
 (``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a walk at random, and
 n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
 memory, and w_i that of the block's matrices at ``init``. Then
