@@ -104,9 +104,10 @@ def concentrations(metrics: Any, *, blocks: Names = None, dark: bool = False) ->
                 ax.plot(history.step, line[:, i], "--", color=tones["line"], lw=1.5)
                 ax.annotate(
                     "slack",
-                    (history.step[0], line[0, i]),
-                    xytext=(4, 4),
+                    (history.step[-1], line[-1, i]),
+                    xytext=(-4, 4),
                     textcoords="offset points",
+                    ha="right",
                 )
         log_limits(ax, shown, decades=40)
         _lines(ax, history, values, dark)
