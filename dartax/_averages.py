@@ -30,7 +30,7 @@ def debias(average: jax.Array, decay: Number, num: jax.Array) -> jax.Array:
 def root(x: jax.Array) -> jax.Array:
     """The square root of non-negative numbers, with derivative 0 at 0.
 
-    There ``jnp.sqrt`` has an infinite one, which makes a gradient through an update NaN.
+    The derivative of ``jnp.sqrt`` at 0 is infinite, which makes a gradient through an update NaN.
     """
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), x)  # NaN stays NaN

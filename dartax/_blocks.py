@@ -28,8 +28,8 @@ class Blocks(NamedTuple):
       of_leaf: The block of every leaf, n ints.
       num_blocks: K.
       index: The same numbers as n uint32 scalars of the state: arguments of a compiled program.
-        Without leaves one array without elements.
-      phase: By how many rows the samples of the blocks' large tensors have moved on, int32 ``[K]``.
+        If there are no leaves, one empty array.
+      phase: Rows by which the samples of the blocks' large tensors have moved on, int32 ``[K]``.
     """
 
     of_leaf: tuple[int, ...]
@@ -97,10 +97,9 @@ def check_params(params: PyTree) -> None:
 
 
 def params_of(updates: PyTree, params: PyTree) -> PyTree:
-    """``params`` without what ``updates`` has a ``None`` for.
+    """``params`` without the parts for which ``updates`` has ``None``.
 
-    A whole model may stand for the parameters, with functions and numbers that are not trained, as
-    optax allows.
+    As in optax, ``params`` may be a whole model, with functions and numbers that are not trained.
     """
     structures: list[Any] = [jax.tree.structure(tree) for tree in (updates, params)]
     if params is None or structures[0] == structures[1]:
@@ -218,8 +217,8 @@ def blocks_of(params: PyTree, labels: Labels, index: Any, phase: jax.Array) -> B
     """The blocks of a state with :func:`block_index` ``index`` and ``phase``, ``[K]``.
 
     Raises:
-      ValueError: If it was made for other blocks than ``labels`` gives. Of a traced state, inside
-        ``jax.jit``, only their number can be read.
+      ValueError: If the state was made for other blocks than ``labels`` gives. Inside ``jax.jit``
+        only the number of its blocks can be checked.
     """
     of_leaf, num_blocks = number_blocks(params, labels)
     kept = phase.shape[0]

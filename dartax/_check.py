@@ -104,7 +104,7 @@ def first_rate(
         least = float(concentration) * (rate_budget - min_rate) / max_concentration
         if not np.float32(init_rate) - np.float32(min_rate) >= least:
             raise ValueError(
-                f"init_rate must be at least {least:.3g} above min_rate, where float32 ends, "
+                f"init_rate must be at least {least:.3g} above min_rate, both rounded to float32, "
                 f"got init_rate={init_rate} and min_rate={min_rate}; raise init_rate."
             )
     if all(map(is_number, (init_rate, min_rate, rate_budget))):
@@ -147,9 +147,9 @@ def not_a_rate(value: Any, greatest: float | None) -> None:
     if greatest is not None and 0 < greatest <= np.float32(0.1):
         got = f"{value}" if is_number(value) else f"a schedule that never exceeds {greatest:.3g}"
         warnings.warn(
-            f"learning_rate multiplies the rates that dart learns, and is no rate itself; got "
-            f"{got}, which makes every step that much shorter. Leave it out, or pass a schedule "
-            "that falls from 1 to 0.",
+            "learning_rate must be a multiplier of the rates that dart learns, not a rate, got "
+            f"{got}, which scales down every step; leave it out, or pass a schedule that falls "
+            "from 1 to 0.",
             stacklevel=_frames_of_dartax() + 1,
         )
 
@@ -200,7 +200,7 @@ def one_of(name: str, value: Any, names: Sequence[str]) -> None:
 
 
 def blocks(value: Any, names: Sequence[str]) -> None:
-    """Checks that blocks which are named, not labelled, have one of ``names``."""
+    """Checks that ``value``, if it is a string, is one of ``names``."""
     if isinstance(value, str) and value not in names:
         raise ValueError(
             f"blocks must be one of {', '.join(map(repr, names))}, a tree of labels or a function "

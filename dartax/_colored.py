@@ -1,4 +1,4 @@
-"""A text that shows the health of blocks in colour, where colour can be shown."""
+"""A text that shows the health of blocks in color, where color can be shown."""
 
 import html
 import re
@@ -17,14 +17,14 @@ def _color(word: str) -> str:
 
 
 class Description(str):
-    """Plain text; a notebook shows it in colour, and so does a terminal with :meth:`in_color`."""
+    """Plain text; a notebook shows it in color, and so does a terminal with :meth:`in_color`."""
 
     def in_color(self) -> str:
-        """The text with ANSI colours, for a terminal."""
+        """The text with ANSI colors, for a terminal."""
         return WORD.sub(lambda found: f"\x1b[{ANSI[_color(found[1])]}m{found[1]}\x1b[0m", self)
 
     def _repr_html_(self) -> str:
-        """The text in colour, for a notebook."""
+        """The text in color, for a notebook."""
         colored = WORD.sub(
             lambda found: f'<span style="color: {_color(found[1])}">{found[1]}</span>',
             html.escape(self),

@@ -19,7 +19,7 @@ alone, and makes the smallest one of a block equal ``concentration``.
 
 Growth needs evidence. Let t be the number of hypergradients so far, f the present value of the
 user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
-(``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a walk at random, and
+(``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a random walk, and
 n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
 memory, and w_i that of the block's matrices at ``init``. Then
 
@@ -36,7 +36,7 @@ steps later, which serves the steep ones. On a noisy objective, though, s ends a
 any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
 Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, as the
-optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts towards
+optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts toward
 that fall. If the schedule will anneal the rate anyway, no fall is needed, unless noise has moved a
 block by more than the size of its weights.
 
@@ -73,8 +73,8 @@ GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
 # The ramp is steeper while a step with directions of size 1, such as Adam's, changes less than
 # SMALL_STEP of the weights, up to FAST_GROWTH per update.
 SMALL_STEP, FAST_GROWTH = 2e-2, 0.5
-# Rates grow while s is above -TOLERANCE, where nothing speaks against it. (Half of it loses on
-# Burgers' equation: configs/compare/README.md.)
+# Rates may grow while s is above -TOLERANCE; progress, power and the schedule can reduce this.
+# (Half of this value loses on Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
 # Rates without progress fall as t ** -FALL, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
@@ -82,7 +82,7 @@ FALL, RETREAT_BELOW = 3.0, -0.75
 # divided by SURPRISE.
 SURPRISE = 10.0
 # The largest concentration of a block is at most this many times ``concentration``. At that limit
-# the smallest fall below it.
+# the smallest concentrations fall below ``concentration``.
 MAX_RATIO = 1e6
 # log_derivative is right to 1e-3 from 1e-4 to 1e10, the most that a block has. The slack, whose
 # derivative is not read, may be larger; float32 ends at 3e38.
@@ -129,17 +129,25 @@ def tolerance(context: Context) -> jax.Array:
     return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
 
 
-def fall(s: jax.Array, context: Context) -> jax.Array:
-    """How far the log concentrations fall in this update, ``[K]``."""
+def carried_away(context: Context) -> jax.Array:
+    """How clearly the past steps moved a block by more than the size of its weights, ``[K]``."""
     scale = weight_scale(context)
     distance = context.displacement / jnp.where(scale > 0, scale, 1.0)
-    carried_away = jnp.where(scale > 0, jnp.clip(distance**2 - 1, 0.0, 1.0), 1.0)
-    needed = jnp.maximum(1 - context.annealing, carried_away)
+    return jnp.where(scale > 0, jnp.clip(distance**2 - 1, 0.0, 1.0), 1.0)
+
+
+def retreat(s: jax.Array) -> jax.Array:
+    """How clearly the gradients ask for shorter steps, ``[K]`` in [0, 1]."""
+    return jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
+
+
+def fall(s: jax.Array, context: Context) -> jax.Array:
+    """How far the log concentrations fall in this update, ``[K]``."""
+    needed = jnp.maximum(1 - context.annealing, carried_away(context))
     astray = needed * noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
     limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     annealed = limit * jnp.maximum(astray, confined(context)) - context.schedule_fall
-    retreat = jnp.clip((RETREAT_BELOW - s) / (RETREAT_BELOW + 1), 0.0, 1.0)
-    return jnp.maximum(GROWTH * retreat, annealed)
+    return jnp.maximum(GROWTH * retreat(s), annealed)
 
 
 def dart_rule(
@@ -250,10 +258,10 @@ def scale_by_dart(
         last axis, or for every element, by :func:`dartax.contrib.scale_by_shares`.
       key: Seed of the draws, an int or a JAX key of any kind. Replicas that must stay equal need
         equal keys.
-      memory_dtype: Dtype of the memory of past steps. ``bfloat16`` halves it, but rounds its decay
-        away, and steps below 0.2 % of what it holds. Of most tensors of more than 131,072 elements
-        it holds a sample: at least 1 in 48 elements, and at least 16,384. With rates for channels
-        or elements it holds all.
+      memory_dtype: Dtype of the memory of past steps. ``bfloat16`` halves its size, but its decay
+        and steps below 0.2 % of what it holds are lost to rounding. For most tensors of more than
+        131,072 elements the memory holds a sample: at least 1 in 48 elements, and at least 16,384.
+        With rates for channels or elements it holds every element.
       implementation: ``"fused"``, or ``"plain"``: the same step in the readable tree maps of
         ``dartax/_plain.py``, with a memory that is always whole. It is several times slower.
 

@@ -56,8 +56,8 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
         between. ``None`` shows all.
 
     Returns:
-      A string of at most 80 columns, one table for each DART state. A notebook shows it in colour;
-      for a terminal its method ``in_color()`` adds ANSI colours. ``size`` counts the parameters.
+      A string of at most 80 columns, one table for each DART state. A notebook shows it in color;
+      for a terminal its method ``in_color()`` adds ANSI colors. ``size`` counts the parameters.
       ``E[rate]``, ``std`` and ``last rate`` include the schedule. ``health`` is the first of
       these words whose rule holds:
 

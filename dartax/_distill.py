@@ -26,8 +26,8 @@ def distill_schedule(run: Any) -> dict[str, optax.Schedule]:
     Args:
       run: What was recorded of a run, in any form that :mod:`dartax.plot` takes: a sequence of
         ``dartax.metrics(opt_state, params)``, a mapping of columns, or a path.
-        Read are ``step`` and ``expected_rate/PATH``, with ``dart/`` in front or not. A missing
-        rate (``None`` or NaN) is left out.
+        Only ``step`` and ``expected_rate/PATH`` are read, with or without the prefix ``dart/``.
+        Missing rates (``None`` or NaN) are left out.
 
     Returns:
       A schedule for every PATH, such as ``"Dense_0/kernel"``: a function of the number of updates

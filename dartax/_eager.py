@@ -29,8 +29,8 @@ def compiled_outside_jit(
 
     Args:
       update: Takes (updates, state, params) and keywords.
-      outside: From a concrete state to keywords of ``update``: what has to see its values, such as
-        a schedule that looks at a variable.
+      outside: From a concrete state to keywords of ``update`` that must be computed outside the
+        compiled program, such as the value of a schedule that reads a Python variable.
       constants: Numbers, functions or arrays.
     """
     if not all(callable(constant) or _check.is_number(constant) for constant in constants):

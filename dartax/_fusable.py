@@ -31,9 +31,9 @@ class FusableUpdate:
     Attributes:
       update: An optax update function that takes ``taken=`` as well, a bool scalar. Where it is
         false the state stays as it was.
-      again: From (updates, state, taken, part) to a part of the direction that the update which
-        returned ``state`` gave. ``part`` takes it from any tree like the parameters. ``None``
-        if that would cost more than keeping the direction.
+      again: From (updates, state, taken, part) to a part of the direction, that of the update that
+        returned ``state``. ``part`` takes this part of any tree like the parameters. ``None`` if
+        computing it again would cost more than keeping the direction.
       finite: Whether directions are finite wherever the gradients are, and in skipped steps. If
         not, the step checks them and skips by itself, as it does for other transforms.
       whole_memory: Whether the memory that ``update`` gets as ``step_memory=`` has to hold all of

@@ -16,7 +16,7 @@ def widened(tree: PyTree) -> PyTree:
 
 
 def as_half(direction: jax.Array, like: Any) -> jax.Array:
-    """``direction`` in float16, clipped to its range, where ``like``, such as a parameter, is."""
+    """Casts ``direction`` to float16, clipped to its range, if ``like`` is float16."""
     if jnp.result_type(like) != jnp.float16:
         return direction
     most = float(jnp.finfo(jnp.float16).max)

@@ -30,10 +30,10 @@ NEAR = 0.05
 WIDE = 2.0
 # A rate of dart that moves by at most this part per update has settled.
 STILL = 1e-3
-# The noise of s, an average over about 10 updates, stays within this: two of its standard
-# deviations. paper_dart follows its sign wherever it points.
+# Two standard deviations of the noise of s, an average over about 10 updates. The words for
+# paper_dart, whose concentrations follow s both up and down, are judged by it.
 NOISE = 0.5
-# Steps agree when they got this many times as far, in squares, as a walk at random.
+# Steps agree when their squared distance is more than this many times that of a random walk.
 AGREEMENT = 2.0
 
 

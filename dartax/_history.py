@@ -39,7 +39,7 @@ def read_csv(path: Path) -> list[dict[str, float | None]]:
             rows.append({name: float(cell) if cell else None for name, cell in row.items()})
     except (TypeError, ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path} must hold a number in every cell, got another at line {len(rows) + 2} "
+            f"{path} must hold a number in every cell, got something else at line {len(rows) + 2} "
             f"({error}); delete that line."
         ) from error
     return rows

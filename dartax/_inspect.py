@@ -77,8 +77,8 @@ def learning_rates(opt_state: PyTree, params: PyTree) -> PyTree:
     Returns:
       A tree like ``params`` of float32 scalars, the user's schedule included: 0 before the
       first update and after a skipped one, NaN for leaves that DART does not control. With
-      ``blocks="channel"`` or ``"element"`` of arrays that broadcast with the leaves; of a complex
-      leaf those of its real and then of its imaginary parts, along the last axis.
+      ``blocks="channel"`` or ``"element"`` it holds arrays that broadcast with the leaves; for a
+      complex leaf, the rates of the real parts, then of the imaginary ones, along the last axis.
 
     Raises:
       ValueError: If there is no DART state, or ``params`` has another number of leaves.
@@ -125,8 +125,8 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
       params: The parameters, for scalars of every leaf as well.
 
     Returns:
-      - ``dart/step`` and ``dart/skipped``: updates so far, and those skipped for a non-finite
-        gradient.
+      - ``dart/step`` and ``dart/skipped``: updates so far, and how many of them were skipped; see
+        :func:`dartax.scale_by_dart`.
       - ``dart/multiplier`` (the user's schedule), ``dart/min_rate`` and ``dart/rate_budget`` (the
         ends of the rates before it).
       - ``dart/spent``: mean share of the budget that the blocks spend, in [0, 1].
@@ -136,10 +136,10 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
         blocks, of the rates at the last update and of their means.
       - With ``params`` also ``dart/rate/PATH``, ``dart/expected_rate/PATH``,
         ``dart/rate_std/PATH`` and ``dart/concentration/PATH`` of every leaf that a DART
-        controls, with paths such as ``Dense_0/kernel``. Where its channels or elements have
-        rates of their own these are the tensor's, their mean, and ``dart/factor_std/PATH`` is the
-        standard deviation over the tensor of what they are multiplied with on the mean: 0 as long
-        as nothing is learned there.
+        controls, with paths such as ``Dense_0/kernel``. If its channels or elements have rates of
+        their own, these describe the rate of the tensor, which is their mean, and
+        ``dart/factor_std/PATH`` is the standard deviation of the mean factors within the tensor:
+        0 until something is learned there.
 
       With several DARTs in ``opt_state`` the label of ``optax.partition`` follows, or a number:
       ``dart/LABEL/step``, ``dart/0/step``.

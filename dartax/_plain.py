@@ -1,7 +1,7 @@
 """The arithmetic of a step, as tree maps: read this to see what a step computes.
 
-``implementation="plain"`` runs it. ``dartax/_fused`` computes the same in less time and memory,
-where the memory holds only a sample of each large tensor, and the tests hold the two together. For
+``implementation="plain"`` runs it. ``dartax/_fused`` computes the same faster and in less space,
+except that its memory z holds only a sample of each large tensor. The tests compare the two. For
 every block i, with gradient g, direction u of the inner transform and memory z of the past steps:
 
     judge        h_i    = -< g_i, z_i >,  |z_i|^2,  |g_i|^2       over all leaves of the block

@@ -111,7 +111,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     width = int(np.clip(TRIAL_SIZE // len(leaves), *LEAF_SIZES))
     shapes = [_small_shape(jnp.ndim(leaf), width) for leaf in leaves]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
-    # Of NumPy, for a program that draws it would take a second more to compile.
+    # NumPy draws the noise: a JAX program that draws it takes a second longer to compile.
     rng = np.random.default_rng(0)
     draws = rng.standard_normal((TRIALS, 1 + SETTLING + TRIAL_STEPS, ends[-1]), np.float32)
     inner = optax.with_extra_args_support(inner)
@@ -122,7 +122,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
         return jax.tree.unflatten(structure, small)
 
     def trial(noise_scale: jax.Array, signal: jax.Array, draws: jax.Array) -> jax.Array:
-        """Of every leaf the mean products of directions 0 and LAGS steps apart."""
+        """For every leaf, the mean products of directions 0 and LAGS steps apart."""
         start = tree_of(draws[0])
 
         def step(states: Any, numbers: jax.Array) -> Any:

@@ -51,7 +51,7 @@ class ScaleByDartState(NamedTuple):
       moments: Moving averages of the gradient of their blocks.
       walk: Lengths of the past steps, and what they would add up to under white noise.
       schedule: How the user's schedule ends.
-      sample_phase: By how many rows the samples of every block's large tensors have moved on,
+      sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
       hypergradient: h, the gradient of the last loss with respect to the rates of the steps
@@ -63,7 +63,7 @@ class ScaleByDartState(NamedTuple):
       min_rate: Lower end of the rates at the last update.
       rate_budget: Budget of the rates at the last update.
       step_memory: z, the sum of past directions (``paper_dart``) or steps (``dart``) that the
-        next gradient is compared with. A tree like the parameters; of a large tensor a sample.
+        next gradient is compared with. A tree like the parameters; a sample of a large tensor.
       inner_state: State of the inner transform.
     """
 
@@ -109,7 +109,7 @@ def check_state(state: PyTree) -> None:
 def next_key(state: ScaleByDartState, step_key: jax.Array) -> jax.Array:
     """The key as it is, or that of the last draw once the count has reached its end.
 
-    The count stands still there, so the same key would give the same draw for ever.
+    The count stands still there, so the same key would give the same draw forever.
     """
     ended = state.count == jnp.iinfo(state.count.dtype).max
     return jnp.where(ended, step_key, state.key)

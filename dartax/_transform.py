@@ -174,8 +174,8 @@ def scale_by_dirichlet(
         weights = multiplier * (spent if rule.in_log_space else jnp.ones_like(spent))
         # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
         last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
-        # A skipped step keeps the memory. But if only a hypergradient overflowed, it is emptied, or
-        # every later step would be skipped.
+        # A skipped step keeps the memory. But if only a hypergradient overflowed, the memory is
+        # emptied, because otherwise every later step would be skipped.
         keep = f32(memory_decay) * jnp.where(blind, 0.0, shrink)
         keep = jnp.where(taken, keep, jnp.where(overflows, 0.0, 1.0))
         updates, step_memory, squares = arithmetic.move(

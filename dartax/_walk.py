@@ -11,7 +11,7 @@ gradients. With a correlation of a * c^n between directions n steps apart, and s
     progress = |z_t|^2 / F_t
 
 Steps that agree give a progress far above 1, and steps that follow noise 1. In a valley that is too
-narrow for them, steps undo one another, and progress falls towards 0. Distance over the root of
+narrow for them, steps undo one another, and progress falls toward 0. Distance over the root of
 summed squares also sets the rate of DoG (Ivgi et al., 2023, `arXiv:2302.12022
 <https://arxiv.org/abs/2302.12022>`_).
 
@@ -40,7 +40,7 @@ from dartax._averages import root
 
 # Average of the mean square of the directions, over about 20 updates.
 POWER_DECAY = 0.95
-# Within this of 1, in logarithms, power is that of noise; from twice as far on it is not.
+# Power counts fully as noise while |log power| is below this, and not at all from twice this on.
 NOISE_WIDTH = 0.3
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15

@@ -1,7 +1,7 @@
 """Gamma draws in log space, with the gradient of the implicit reparameterization.
 
-A draw x ~ Gamma(a, 1) has no noise variable to differentiate around, but its
-distribution function F has: holding the quantile F(x; a) fixed while a moves gives
+A draw x ~ Gamma(a, 1) is not a simple function of a and of noise that does not depend on a.
+But its distribution function F is smooth: holding F(x; a) fixed while a moves gives
 
     dx/da = -(dF/da) / f(x; a)                  (Figurnov et al., 2018, eq. 4)
 
@@ -10,12 +10,12 @@ scale-free form
 
     d log x / d log a = V(a, log x),
 
-which is 1 for large a and grows like -a log x for small x.
+which is 1 for large a and grows like -log x for small x.
 
 The draws are Marsaglia's and Tsang's (2000), with a block of proposals in place of their loop.
-Vectorized, such a loop ends for an element when two compilations of one comparison agree, and
-for some arguments they never do: ``jax.random.loggamma`` of JAX 0.10.2 does not return for some
-keys at a = 1093252.75 on a CPU (see also `jax#21352 <https://github.com/jax-ml/jax/issues/21352>`_).
+A vectorized loop only ends when two compiled copies of the same comparison agree, and for some
+arguments they never do: ``jax.random.loggamma`` of JAX 0.10.2 does not return for some keys at
+a = 1093252.75 on a CPU (see also `jax#21352 <https://github.com/jax-ml/jax/issues/21352>`_).
 
 References:
   - Figurnov, Mohamed, Mnih, `Implicit Reparameterization Gradients
@@ -50,8 +50,8 @@ _LOG_V = (
     (-0.003365063, -0.006092958, 0.009717102, -0.01201153, -0.03187316, 0.05245077, -0.02055822),
     (0.001304382, 0.003236436, 0.009511465, -0.0188342, -0.01401261, 0.03582761, -0.0161922),
 )
-# Proposals for each draw. One is accepted with probability 0.95 at a = 1 and more above: of 8e7
-# draws one finds none, and is the mode.
+# Proposals for each draw. Each is accepted with probability 0.95 at a = 1, and more often above.
+# About one draw in 8e7 has no accepted proposal and returns the mode.
 _PROPOSALS = 6
 # Marks a proposal that is not accepted: greater than any other.
 _REJECTED = 1e30
@@ -175,8 +175,8 @@ def _attach(log_x: jax.Array, a: jax.Array) -> jax.Array:
 @_attach.defjvp
 def _attach_jvp(primals, tangents):
     (log_x, a), (_, a_dot) = primals, tangents
-    # Below a = 1e-15 it would overflow. Components that small have a share of 0 or 1, whose own
-    # derivative is 0, and 0 times infinity is NaN.
+    # The slope passes STEEPEST below about a = 1e-15, and overflows further down. Components that
+    # small have a share of 0 or 1, whose own derivative is 0, and 0 times infinity is NaN.
     slope = jnp.minimum(log_derivative(log_x, a) / a, STEEPEST)
     return log_x, slope * a_dot
 
@@ -232,7 +232,7 @@ def _marsaglia_tsang(words: jax.Array, a: jax.Array) -> jax.Array:
     normals = _normal(_words(normal_seed[None], numbers), dtype) * scale[None]
 
     def propose(y, number):
-        """log(1 + y), or more than it can be where it is not accepted."""
+        """log(1 + y), or ``_REJECTED`` if the proposal is not accepted."""
         log1p = jnp.log1p(jnp.where(y > -1, y, 0.0))
         series = -(y**4) * (1 / 4 - y * (1 / 5 - y * (1 / 6 - y * (1 / 7 - y / 8))))
         rest = jnp.where(jnp.abs(y) < 0.1, series, log1p - y + y**2 / 2 - y**3 / 3)

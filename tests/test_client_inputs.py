@@ -241,7 +241,7 @@ def test_gradients_of_the_density_on_the_boundary(concentration):
 @pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart])
 def test_what_looks_like_a_rate_is_told(make):
     def said(learning_rate, match):
-        with pytest.warns(UserWarning, match=f"learning_rate multiplies .* got {match}") as caught:
+        with pytest.warns(UserWarning, match=f"learning_rate must be .* got {match}") as caught:
             make(learning_rate=learning_rate)
         assert caught[0].filename == __file__, "the warning points at the user's line"
 

@@ -255,7 +255,7 @@ def test_the_word_is_not_said_where_noise_used_the_budget_up():
     assert wide > 0.9 * narrow
 
 
-def test_a_notebook_and_a_terminal_show_colours():
+def test_a_notebook_and_a_terminal_show_colors():
     params = {"<lambda>": jnp.ones(3), "b": jnp.ones(3)}
     text = dartax.describe(dartax.dart().init(params), params)
     assert isinstance(text, str)
@@ -264,7 +264,7 @@ def test_a_notebook_and_a_terminal_show_colours():
     page = text._repr_html_()
     assert page.count('<span style="color: gray">not started</span>') == 2
     assert "&lt;lambda&gt;" in page
-    assert "2 not started\n" in page  # the title has no colours
+    assert "2 not started\n" in page  # the title has no colors
 
 
 def test_a_lower_least_rate_helps_where_the_word_says_so():

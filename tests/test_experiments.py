@@ -75,7 +75,7 @@ def test_command_line_messages(capsys, tmp_path):
     (tmp_path / "metrics.csv").write_text("step,rate\n1,2\nnonsense\n")
     assert cli.main(["plot", str(tmp_path)]) == 2
     assert (
-        "metrics.csv must hold a number in every cell, got another at line 3"
+        "metrics.csv must hold a number in every cell, got something else at line 3"
         in capsys.readouterr().err
     )
     blocked = tmp_path / "file"
@@ -274,7 +274,7 @@ def test_downloads_are_kept_and_checked(monkeypatch, tmp_path, serve):
     raw = b"\0\0\x08\1" + np.array([3], ">u4").tobytes() + bytes(range(3))
     asked = serve(gzip.compress(raw))
     monkeypatch.setenv("DARTAX_DATA_DIR", str(tmp_path))
-    with pytest.raises(data.DataError, match="train-images-idx3-ubyte.gz must be the published MNIST file, got another content; try again, or set DARTAX_DATA_DIR"):  # fmt: skip
+    with pytest.raises(data.DataError, match="train-images-idx3-ubyte.gz must be the published MNIST file, got different content; try again, or set DARTAX_DATA_DIR"):  # fmt: skip
         data.load("mnist")
     assert asked == [data.MNIST_URL + "train-images-idx3-ubyte.gz"]
     assert not list((tmp_path / "mnist").iterdir())

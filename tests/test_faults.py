@@ -523,8 +523,8 @@ def test_a_second_run_on_a_folder_is_refused(dartax, stopped, runs):
         assert dartax("train", "a.toml") == (
             2,
             [
-                "dartax: workdir must be of one run at a time, got 'a', which another dartax train "
-                "holds; wait for it, stop it, or pass another --workdir."
+                "dartax: workdir must belong to one run at a time, got 'a', which another dartax "
+                "train is using; wait for it, stop it, or pass another --workdir."
             ],
         )
     assert content(stopped) == before
@@ -551,7 +551,7 @@ def test_damaged_digits(damage, dartax, monkeypatch):
     status, said = dartax("train", "a.toml")
     assert status == 2
     assert (
-        "digits must be as scikit-learn publishes them, got another content; reinstall" in said[0]
+        "digits must be as scikit-learn publishes them, got different content; reinstall" in said[0]
     )
 
 

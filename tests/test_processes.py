@@ -155,7 +155,7 @@ def test_two_processes_are_refused_together():
     with held(Path("runs/held")), two_processes("runs/held", 1) as processes:
         messages = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "dartax: workdir must be of one run at a time, got 'runs/held'" in messages[0]
+    assert "dartax: workdir must belong to one run at a time, got 'runs/held'" in messages[0]
     assert (
         "dartax: a run must begin in all of its processes, got an error in another one of the 2; "
         "see its message." in messages[1]

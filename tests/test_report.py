@@ -223,7 +223,7 @@ def test_a_browser_shows_the_page(dark, width, made, tmp_path):
     assert pixels.shape[1] == width
     paper = [13, 17, 23] if dark else [255, 255, 255]
     assert pixels[2, 2].tolist() == paper
-    # The areas of the last picture have the colours that no text has.
+    # The areas of the last picture have the colors that no text has.
     for color in ([0, 114, 178], [213, 94, 0], [0, 158, 115]):
         assert np.sum(np.all(abs(pixels - color) <= 1, axis=-1)) > 1000
     # Nothing is wider than the window: the margin at the right is empty.

@@ -1,4 +1,4 @@
-"""Rates of channels and elements: the law of their draws, what they learn, and that no value is left out."""
+"""Rates of channels and elements: the distribution of their draws, what they learn, and that no value is left out."""
 
 import functools
 

@@ -413,11 +413,11 @@ def test_damaged_cifar(folder):
     flipped[5000] ^= 255
     for content in (whole[:-100], flipped, b"", b"not an archive", b"\x93NUMPY"):
         path.write_bytes(content)
-        with pytest.raises(data.DataError, match="of another content; delete it and fetch it"):
+        with pytest.raises(data.DataError, match="of different content; delete it and fetch it"):
             data.cifar10()
     np.save(path.with_suffix(".npy"), np.zeros(3))
     path.with_suffix(".npy").replace(path)
-    with pytest.raises(data.DataError, match="of another content; delete it and fetch it"):
+    with pytest.raises(data.DataError, match="of different content; delete it and fetch it"):
         data.cifar10()
 
 
@@ -434,7 +434,7 @@ def test_missing_and_damaged_shakespeare(folder):
     with pytest.raises(data.DataError, match=r"Tiny Shakespeare must be in .* or downloadable, got neither \(<urlopen error no route to host>\); set DARTAX_DATA_DIR to a folder that holds tinyshakespeare.txt"):  # fmt: skip
         data.shakespeare()
     (folder / "tinyshakespeare.txt").write_bytes(b"To be")
-    with pytest.raises(data.DataError, match="must be the published Tiny Shakespeare file, got 5 bytes of another content; delete it"):  # fmt: skip
+    with pytest.raises(data.DataError, match="must be the published Tiny Shakespeare file, got 5 bytes of different content; delete it"):  # fmt: skip
         data.shakespeare()
 
 

@@ -1,4 +1,4 @@
-"""The step of ``dartax/_plain.py`` in less time and memory: the only place that knows of XLA.
+"""The step of ``dartax/_plain.py`` in less time and memory, arranged for XLA.
 
 It has the same functions, with the same results to rounding, except that the memory holds a sample
 of each large tensor (``_sample.py``): h, |z|^2 and |u|^2 are then those of the sample. Each idea
@@ -47,7 +47,7 @@ _accumulate, _scale = jax.jit(_plain.accumulate), jax.jit(_plain.scale)
 
 
 def empty_memory(params: PyTree, dtype: Any, whole: bool = False) -> PyTree:
-    """The memory before the first step: of large tensors a sample, unless ``whole``."""
+    """The memory before the first step: a sample of each large tensor, unless ``whole``."""
 
     def sampled(leaf):
         large = not whole and sample_shape(jnp.shape(leaf)) != jnp.shape(leaf)
@@ -77,7 +77,7 @@ def judge(
 
 
 def phases(blocks: Blocks) -> list[jax.Array]:
-    """By how many rows the sample of every leaf has moved on, n int32 scalars."""
+    """Rows by which the sample of every leaf has moved on, n int32 scalars."""
     return [_scalars(index, (blocks.phase,))[0] for index in blocks.index]
 
 

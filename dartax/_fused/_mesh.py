@@ -46,8 +46,8 @@ def auto_sharded(
 ) -> PyTree:
     """``function(*arguments)``, a tree like the first of them, on any mesh.
 
-    An explicit mesh asks of every slice and reshape where its result is to lie. Here XLA chooses,
-    and only the result is placed: where its argument lies, as far as the mesh divides it.
+    On an explicit mesh, every slice and reshape must say how its result is sharded. Here XLA
+    chooses, and only the result is sharded like the first argument, where the mesh divides it.
 
     Args:
       function: Of arrays, to a tree with the structure of the first argument.

@@ -1,7 +1,7 @@
 """The order in which a CPU updates the leaves.
 
-XLA may compute them in any order. Where one costs less than another, the later value is made to
-depend on the earlier one.
+XLA may compute them in any order. Where one order costs less than another, each later value is
+made to depend on an earlier one.
 """
 
 import functools
@@ -26,8 +26,8 @@ def _after(value: jax.Array, array: jax.Array) -> jax.Array:
     """``value``, a scalar, computed after ``array`` as far as XLA can be made to."""
     first = jnp.atleast_1d(jax.lax.stop_gradient(array[(0,) * (array.ndim - 1)]))[:2]
     never = first > jnp.inf  # XLA does not see that this is false
-    # A reduction, which XLA computes once, in a kernel of its own: else the programs of its readers
-    # would differ by what they wait for. (A single element would need no reduction.)
+    # XLA computes a reduction once, in its own kernel. Otherwise the kernels that read the value
+    # would differ by what they wait for. (XLA would drop the reduction of a single element.)
     return jnp.max(jnp.where(never, jnp.zeros_like(value), value))
 
 

@@ -46,7 +46,7 @@ MIN_SAMPLE = 1 << 14
 WHOLE_UP_TO = 8
 # A bunch gives elements from at most this many of its rows; each is read as a whole.
 MAX_SOURCES = 8
-# This many neighbouring columns take the same rows: they share cache lines.
+# This many neighboring columns take the same rows: they share cache lines.
 WIDTH = 16
 # Where a mesh splits a tensor over a number of devices that divides this, it splits the rows of the
 # sample the same way.

@@ -17,7 +17,7 @@ LAUNCH_BOUND = 1 << 16
 
 
 def siblings(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """``arrays``, made to read a common array: each is multiplied by its first element, a 1."""
-    # The barrier hides that it is a 1. A common scalar makes no siblings.
+    """``arrays``, each multiplied by the 1 that is the first element of an array they all read."""
+    # The barrier hides the value from XLA. A common scalar would not make them siblings.
     one = jax.lax.optimization_barrier(jnp.ones(2, jnp.float32))[0]
     return [array * one.astype(array.dtype) for array in map(jnp.asarray, arrays)]

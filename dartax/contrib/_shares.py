@@ -18,8 +18,8 @@ elements: what one element gains, the others lose. Here the normalization does t
 the elements with the steepest gradients would take everything.
 
 A draw with its derivative costs as much as Adam's step of 40 elements. So a step renews only one
-slice of a large tensor, and each slice in turn: its concentrations learn, with steps that are
-longer by the number of slices, and its shares are drawn again. Their sum is set to its mean.
+slice of a large tensor, each slice in turn: its concentrations learn, with steps multiplied by
+the number of slices, and its shares are drawn again. Their sum is set to its expected value.
 
 Around Adam it changes little, since Adam already scales every element by its own gradients.
 """
@@ -215,7 +215,7 @@ def learn_and_draw(
     """
     concentration, mu, nu, _, derivative = shares
     gradient = derivative * h
-    # The square of a greater one would stay in the average for ever.
+    # The square of a greater one would stay in the average forever.
     gradient = jnp.where(jnp.abs(gradient) < LARGEST_ROOT, gradient, 0.0)
     mu = B1 * mu + (1 - B1) * gradient
     nu = B2 * nu + (1 - B2) * gradient**2
@@ -361,7 +361,7 @@ def scale_by_shares(
 
             return jax.tree.map(leaf, params)
 
-        # A stream of its own beside that of the tensors, which the same key begins.
+        # Not the random stream of the tensors, which starts from the same key.
         stream = jax.random.fold_in(random.threefry_key(key), 1)
         return ScaleBySharesState(
             allocation_count=jnp.zeros([], jnp.int32),

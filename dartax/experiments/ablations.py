@@ -5,6 +5,8 @@ every draw equal to the mean, and ``memory_decay=0`` gives the one-step hypergra
 """
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import optax
 from dartax import _dart
 from dartax._averages import Number, debias, f32
 from dartax._draw import Draw
-from dartax._rule import Rule
+from dartax._rule import Context, Rule
 from dartax._state import Moments
 from dartax._transform import scale_by_dirichlet
 from dartax.inner import adam
@@ -65,13 +67,39 @@ def no_power(rule: Rule) -> Rule:
 
 
 def no_evidence(rule: Rule) -> Rule:
-    """Without both: rates grow wherever the hypergradient does not forbid it, and seldom fall."""
+    """Ignores progress and power: rates grow unless the hypergradient objects, and seldom fall."""
 
     def learn(current, draw, h, moments, context):
         most = context._replace(progress=jnp.full_like(h, 1.5), power=jnp.zeros_like(h))
         return rule.learn(current, draw, h, moments, most)
 
     return rule._replace(learn=learn)
+
+
+def schedule_ignored(rule: Rule) -> Rule:
+    """Does not count the fall of the schedule toward the fall that noise asks for."""
+
+    def learn(current, draw, h, moments, context):
+        return rule.learn(current, draw, h, moments, context._replace(schedule_fall=0.0))
+
+    return rule._replace(learn=learn)
+
+
+def _nowhere(context: Context) -> jax.Array:
+    return jnp.zeros_like(context.progress)
+
+
+def with_constants(**constants: Any) -> Callable[[Rule], Rule]:
+    """Gives constants or functions of ``dartax/_dart.py`` other values."""
+
+    def change(rule):
+        def learn(*arguments):
+            with mock.patch.multiple(_dart, **constants):  # while the step is traced
+                return rule.learn(*arguments)
+
+        return rule._replace(learn=learn)
+
+    return change
 
 
 def _moves(moments: Moments, num: jax.Array) -> jax.Array:
@@ -161,6 +189,15 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_no_progress": _factory(no_progress),
     "dart_no_power": _factory(no_power),
     "dart_no_evidence": _factory(no_evidence),
+    "dart_no_fast_ramp": _factory(with_constants(SMALL_STEP=0.0)),
+    "dart_no_short_run": _factory(with_constants(SHORT_RUN=0.0)),
+    "dart_no_tolerance": _factory(with_constants(TOLERANCE=0.0)),
+    "dart_no_long_average": _factory(with_constants(B_TREND=_dart.B1)),
+    "dart_no_fall": _factory(with_constants(FALL=0.0)),
+    "dart_no_carried_away": _factory(with_constants(carried_away=_nowhere)),
+    "dart_no_retreat": _factory(with_constants(retreat=jnp.zeros_like)),
+    "dart_no_surprise": _factory(with_constants(SURPRISE=1e30)),
+    "dart_schedule_ignored": _factory(schedule_ignored),
     "dart_one_rate": _factory(blocks=lambda path: 0),
     "dart_whole_memory": _factory(whole_memory=True),
 }

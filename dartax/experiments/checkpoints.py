@@ -151,8 +151,8 @@ class Checkpoints:
         except Exception as error:  # Orbax raises errors of many kinds
             raise ConfigError(
                 f"workdir must hold checkpoints that Orbax {ocp.__version__} reads, got "
-                f"{str(path)!r}, as it was saved ({type(error).__name__}); install the Orbax that "
-                "saved it, or start again with another --workdir."
+                f"{str(path)!r}, which is undamaged ({type(error).__name__}); install the Orbax "
+                "that saved it, or start again with another --workdir."
             ) from error
 
     def _refused(self, found: str) -> ConfigError:

@@ -360,7 +360,7 @@ def run_cell(
     group, steps = min(config.group, len(runs)), task_config.steps // config.evaluations
     if task.world and steps % task.world.period:
         raise ConfigError(
-            f"tasks.{task_name}.steps over the {config.evaluations} evaluations must be a multiple "
+            f"tasks.{task_name}.steps / {config.evaluations} evaluations must be a multiple "
             f"of {task.world.period}, the steps between two rollouts, got {steps}; pass e.g. "
             f"steps = {config.evaluations * -(-steps // task.world.period) * task.world.period}."
         )

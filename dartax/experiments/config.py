@@ -40,12 +40,21 @@ class OptimizerConfig:
         "dart",
         "dart_frozen",
         "dart_mean_field",
+        "dart_no_carried_away",
         "dart_no_evidence",
+        "dart_no_fall",
+        "dart_no_fast_ramp",
+        "dart_no_long_average",
         "dart_no_power",
         "dart_no_progress",
         "dart_no_ratchet",
+        "dart_no_retreat",
+        "dart_no_short_run",
         "dart_no_slack",
+        "dart_no_surprise",
+        "dart_no_tolerance",
         "dart_one_rate",
+        "dart_schedule_ignored",
         "dart_shuffled",
         "dart_whole_memory",
         "paper_dart",
@@ -68,7 +77,7 @@ class OptimizerConfig:
     blocks: Literal["tensor", "channel", "element"] = "tensor"
     """Size of a block of dart. Each block has its own learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the multiplier decays to 0 over the run."""
+    """Shape of the multiplier over the run: constant, or a decay to 0."""
     warmup: float = 0.0
     """Fraction of the run, in [0, 1), during which the multiplier grows from 0."""
     learning_rate: float = 1.0
@@ -159,7 +168,7 @@ class Config:
 def nearest(name: str, known: Sequence[str]) -> str:
     """Ends a message about the unknown ``name``: suggests the nearest known one, or lists all."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}."
+    return f"did you mean '{close[0]}'?" if close else f"pass one of {', '.join(known)}."
 
 
 def _convert(value: Any, kind: Any, name: str) -> Any:

@@ -204,8 +204,8 @@ def advantages(
     Args:
       rewards: Rewards of the steps.
       values: Values of what was seen before each step.
-      after: Values of what was seen after it. They count but for terminal states, also where an
-        episode ends at its limit.
+      after: Values of what was seen after it. They count except in terminal states, so also where
+        an episode ends at its limit.
       terminal: Whether the step led to a terminal state.
       ended: Whether an episode ended there, in any way.
       discount: Discount factor.
@@ -382,7 +382,7 @@ def _episodes(environment: Environment, key: jax.Array) -> Episode:
 ACTING, UPDATES = 8, 32
 # Transitions that are kept: the last ones.
 CAPACITY = 256 * ACTING * ENVIRONMENTS
-# Part of the steps in which the part of random actions falls, and the latter at its end.
+# Fraction of the steps over which the fraction of random actions falls, and its final value.
 EXPLORATION, LAST_EPSILON = 0.25, 0.05
 
 

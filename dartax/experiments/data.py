@@ -95,8 +95,8 @@ def digits() -> Dataset:
         as_published = False
     if not as_published:
         raise DataError(
-            "digits must be as scikit-learn publishes them, got another content; reinstall it "
-            "with pip install --force-reinstall scikit-learn."
+            "digits must be as scikit-learn publishes them, got different content; reinstall "
+            "scikit-learn with pip install --force-reinstall scikit-learn."
         )
     test = np.arange(len(x)) % 5 == 4
     return _classification(x[~test], y[~test], x[test], y[test])
@@ -141,7 +141,7 @@ def cifar10() -> Dataset:
     if not as_described:
         raise DataError(
             f"{path} must be an npz file with {CIFAR_ARRAYS}, got {path.stat().st_size:,} bytes "
-            "of another content; delete it and fetch it again."
+            "of different content; delete it and fetch it again."
         )
     return _classification(train_x, train_y, test_x, test_y, axis=(0, 1, 2))
 
@@ -174,7 +174,7 @@ def _shakespeare() -> bytes:
 
 
 def breast_cancer() -> tuple[np.ndarray, np.ndarray]:
-    """Loads 569 tumours with 30 features, standardized, and whether they are benign."""
+    """Loads 569 tumors with 30 features, standardized, and whether they are benign."""
     from sklearn.datasets import load_breast_cancer
 
     x, y = load_breast_cancer(return_X_y=True)
@@ -249,7 +249,7 @@ def _published_file(title: str, name: str, url: str, sha256: str, needed: str) -
         ) from error
     except (EOFError, ValueError, zlib.error) as error:  # pooch raises ValueError
         raise DataError(
-            f"{url} must be the published {title} file, got another content; try again, or set "
+            f"{url} must be the published {title} file, got different content; try again, or set "
             f"DARTAX_DATA_DIR to a folder that holds {needed}."
         ) from error
     try:

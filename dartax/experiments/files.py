@@ -23,9 +23,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 class Unfailing:
-    """A text stream that loses what cannot be written: nobody reads it, or the disk is full.
+    """A text stream that drops what it cannot write: its reader is gone, or the disk is full.
 
-    What a command prints is not what it is run for.
+    A command is run for its files, not for what it prints, so it must not fail on output.
     """
 
     def __init__(self, stream: Any):

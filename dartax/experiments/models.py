@@ -17,7 +17,7 @@ class MLP(nn.Module):
       hidden: Width of every hidden layer.
       num_classes: Number of outputs.
       scales: For each hidden layer, a factor that multiplies the initial kernel and divides the
-        input. It does not change the initial function, but the best learning rate of the kernel.
+        input. The initial function stays the same; the best learning rate of the kernel changes.
       activation: Activation of the hidden layers.
       dtype: Type of the parameters and of the computation.
     """

@@ -69,7 +69,7 @@ def variational(config: TaskConfig) -> Task:
 
 
 def gaussian_process(config: TaskConfig) -> Task:
-    """Exact Gaussian process regression: three positive scalars, in logarithms, and no noise.
+    """Exact Gaussian process regression: three log hyperparameters, gradients without noise.
 
     The loss is the negative log marginal likelihood per example of ``batch_size`` points of
     a sine under an RBF kernel (Rasmussen and Williams, 2006, chapter 5).
@@ -132,7 +132,7 @@ def moving_target(config: TaskConfig) -> Task:
 
 
 class Autoencoder(nn.Module):
-    """An MLP from codes to logits of pixels, and one from pixels to the law of codes."""
+    """An MLP from codes to logits of pixels, and one from pixels to the distribution of codes."""
 
     width: int
     codes: int
@@ -337,8 +337,8 @@ def private(
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[jax.Array, PyTree]]:
     """Loss and gradient of a batch under differential privacy (Abadi et al., 2016).
 
-    The gradient of each example is clipped to a norm of 1; to their sum is added normal noise
-    of the standard deviation ``noise_multiplier``.
+    The gradient of each example is clipped to a norm of 1. Normal noise of standard deviation
+    ``noise_multiplier`` is added to their sum.
 
     Args:
       train_loss: Maps ``(params, data, (indices, keys))`` to the mean loss of the examples.

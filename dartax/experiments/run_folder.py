@@ -57,8 +57,8 @@ def held(workdir: Path) -> Iterator[None]:
         lock = filelock.FileLock(workdir / "lock", blocking=False).acquire()
     except filelock.Timeout as error:
         raise ConfigError(
-            f"workdir must be of one run at a time, got {str(workdir)!r}, which another "
-            "dartax train holds; wait for it, stop it, or pass another --workdir."
+            f"workdir must belong to one run at a time, got {str(workdir)!r}, which another "
+            "dartax train is using; wait for it, stop it, or pass another --workdir."
         ) from error
     except OSError as error:
         raise _not_writable(workdir, error) from error

@@ -246,10 +246,10 @@ def table(config: CompareConfig, scores: Mapping[str, Any]) -> str:
 
 
 def sentence(config: CompareConfig, scores: Mapping[str, Any]) -> str:
-    """What a reader wants to know: how dart did beside the target. Empty without a dart."""
+    """What a reader wants to know: how dart did beside the target. Empty without both."""
     overall = scores["optimizers"]
     found = [name for name, entrant in overall.items() if entrant["role"] == "dart"]
-    if not found:
+    if not found or found[0] == config.target:
         return ""
     name = found[0]
     ratios = {

@@ -183,7 +183,7 @@ def draw(content: dict[str, Any]) -> Figure:
             "mean rates": [field for field in record if field.startswith("rate ")],
             "greatest concentration": ["concentration"],
             "averages and memory": [
-                f for f in record if f.startswith(("moments", "last_dir", "hyperg"))
+                f for f in record if f.startswith(("moments", "step_memory", "hyperg"))
             ],
         }
         for ax, (title, fields) in zip(axes[:, column], panels.items(), strict=True):

@@ -155,7 +155,7 @@ class TaskConfig:
     accumulate: int = 1
     """Batches whose gradients are averaged for one update, by ``optax.MultiSteps``."""
     schedule: Literal["", "constant", "linear", "cosine"] = ""
-    """Replaces the schedule of the optimizers, but of those that are schedule-free."""
+    """Replaces the schedule of all optimizers except those that are schedule-free."""
     judge: Literal["loss", "error"] = "loss"
     """What optimizers are compared by: the test loss, or the part that is classified wrongly."""
 
@@ -236,7 +236,7 @@ def error_rate(outputs: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def epoch_batches(key: jax.Array, num_examples: int, batch_size: int, steps: int) -> jax.Array:
-    """Returns indices ``[steps, batch_size]``. Each epoch is a permutation without its rest."""
+    """Returns indices ``[steps, batch_size]``. Drops an incomplete last batch of each epoch."""
     per_epoch = num_examples // batch_size
     keys = jax.random.split(key, -(-steps // per_epoch))
     orders = jax.vmap(lambda key: jax.random.permutation(key, num_examples))(keys)

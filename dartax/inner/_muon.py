@@ -73,7 +73,7 @@ def _orthogonal(momentum: float, steps: int) -> optax.GradientTransformationExtr
         def direction(g, m, like):
             ahead = (g + momentum * m).astype(jnp.float32)
             scale = ADAM_RMS * max(m.shape[-2:]) ** 0.5
-            # Of sharded matrices XLA chooses where products lie.
+            # For sharded matrices, XLA chooses how the products are sharded.
             found = auto_sharded(functools.partial(orthogonalize, steps=steps), ahead)
             return as_half((scale * found).astype(g.dtype), like)
 
@@ -104,7 +104,7 @@ def muon(
       steps: Newton-Schulz steps, positive.
       matrices: Which parameters are matrices, a tree of bools or a function from params to one;
         ``None`` takes those of two dimensions. Usually the embedding and the output layer of a
-        language model are left to Adam. Of more than two dimensions the last two are the matrix.
+        language model are left to Adam. If there are more dimensions, the last two are the matrix.
 
     Returns:
       A transform with state ``optax.PartitionState``: 4 bytes per float32 parameter for matrices,

@@ -91,7 +91,8 @@ def ridges(
         panels[0].set_ylim(num - 0.4, -0.6 - max(height - 1, 0))
         if not many:
             figure.legend(title="step", loc="outside right upper")
-        figure.suptitle(f"Law of the learning rate of {count(num)}", x=0.01, ha="left", fontsize=11)
+        title = f"Distribution of the learning rate of {count(num)}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         return finish(figure)
 
 
@@ -140,8 +141,8 @@ def simplex(
       dark: See :mod:`dartax.plot`.
 
     Returns:
-      A figure with a triangle for each step, whose corners stand for all to one block: draws,
-      the denser the brighter, the mean as a ring, and the way of the mean so far as a line.
+      A figure with a triangle for each step. At a corner one block gets everything. It shows
+      draws, brighter where they are denser, the mean as a ring, and its path so far as a line.
     """
     history = load(metrics)
     if blocks is None:

@@ -126,7 +126,7 @@ def _slack(history: History) -> np.ndarray | None:
 
 
 def heatmap(metrics: Any, *, blocks: Names = None, dark: bool = False) -> Figure:
-    """The mean rates of all blocks at all steps, as colours on a log scale.
+    """The mean rates of all blocks at all steps, as colors on a log scale.
 
     Args:
       metrics: See :mod:`dartax.plot`.
@@ -144,7 +144,7 @@ def heatmap(metrics: Any, *, blocks: Names = None, dark: bool = False) -> Figure
         positive = mean[np.isfinite(mean) & (mean > 0)]
         top = positive.max() if len(positive) else 1.0
         low = max(positive.min(), top / 1e5) if len(positive) else 0.1
-        # A rate of 0, at the end of a decay, has the colour of the smallest.
+        # A rate of 0, at the end of a decay, has the color of the smallest.
         mesh = ax.pcolormesh(
             _edges(history.step),
             np.arange(num + 1) - 0.5,

@@ -1,4 +1,4 @@
-"""Colours and labels of the pictures: on white or nearly black, told apart by everyone."""
+"""Colors and labels of the pictures: on white or nearly black, told apart by everyone."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the last one is the ink.
+# Okabe and Ito's colors, told apart by color-blind readers too; the last one is the ink.
 FEW = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 LIGHT = {"paper": "#ffffff", "ink": "#1f2328", "line": "#8c959f", "grid": "#d8dee4"}
 DARK = {"paper": "#0d1117", "ink": "#e6edf3", "line": "#6e7681", "grid": "#30363d"}
@@ -72,7 +72,7 @@ def new_figure(width: float = 8.0, height: float = 4.5) -> tuple[Figure, Axes]:
 
 
 def finish(figure: Figure) -> Figure:
-    """Colours the ticks for good: those made at saving would take the style of then."""
+    """Sets the tick colors now: ticks made at saving would take the style of that time."""
     rc = matplotlib.rcParams
     for ax in figure.axes:
         ax.set_axisbelow(True)
@@ -87,7 +87,7 @@ def sequential(dark: bool) -> Colormap:
 
 
 def colors(num: int, dark: bool) -> list[Any]:
-    """A colour for each of ``num`` lines: distinct ones for a few, else in order."""
+    """A color for each of ``num`` lines: distinct ones for a few, else in order."""
     if num <= len(FEW) + 1:
         return [*FEW, (DARK if dark else LIGHT)["ink"]][:num]
     return list(sequential(dark)(np.linspace(0, 1, num)))
@@ -123,14 +123,14 @@ def name_lines(
     dark: bool,
     tints: Sequence[Any] | None = None,
 ) -> None:
-    """Tells which line is which: beside its end, or for many lines by a colour bar.
+    """Tells which line is which: beside its end, or for many lines by a color bar.
 
     Args:
       ax: Axes whose limits are set, with one line per name in ``colors`` of their number.
       ends: Last value of every line.
       names: Name of every line.
       dark: Whether the paper is dark.
-      tints: Other colours of the lines.
+      tints: Other colors of the lines.
     """
     if len(names) > MANY:
         bar = ScalarMappable(cmap=sequential(dark))
