@@ -205,12 +205,12 @@ def dart_rule(
     return Rule(init, learn, in_log_space=True, uses_walk=True)
 
 
-new_names = _check.renamed(
+_new_names = _check.renamed(
     horizon="memory_decay", max_rate="rate_budget", direction_dtype="memory_dtype"
 )
 
 
-@new_names
+@_new_names
 def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -326,7 +326,7 @@ def scale_by_dart(
     )
 
 
-@new_names
+@_new_names
 def dart(  # noqa: D417  (arguments shared with scale_by_dart are described there)
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
@@ -351,8 +351,12 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
         that falls also lets them grow further.
-      inner: Gives the directions; ``None`` is Adam. See :func:`scale_by_dart` for this and all
-        arguments that are not listed here.
+      inner: Gives the directions; ``None`` is Adam.
+      init_rate: Mean rate of every block at the start; it matters little.
+      weight_decay: Decoupled weight decay, in units of the learned rates.
+      mask: Tree of bools, or a function from params to one: where the decay applies.
+      blocks: Which parameters share a rate; ``None`` is one rate for every leaf. See
+        :func:`scale_by_dart` for all arguments.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs`` whose updates are to be added.

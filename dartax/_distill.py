@@ -107,13 +107,15 @@ def scale_by_learning_rates(
     """Multiplies the direction of every leaf by minus its own rate.
 
     It is ``optax.scale_by_learning_rate`` with a rate for every leaf. Weight decay in proportion
-    to the rates, as ``dartax.dart`` has it, stands before it in the chain::
+    to the rates, as ``dartax.dart`` has it, stands before it in the chain:
 
-        optax.chain(
-            optax.scale_by_adam(b2=0.99),
-            optax.add_decayed_weights(0.1),
-            dartax.scale_by_learning_rates(schedules),
-        )
+    ```python
+    optax.chain(
+        optax.scale_by_adam(b2=0.99),
+        optax.add_decayed_weights(0.1),
+        dartax.scale_by_learning_rates(schedules),
+    )
+    ```
 
     Args:
       schedules: An optax schedule for the path of every leaf, such as ``"Dense_0/kernel"``; from

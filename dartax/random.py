@@ -124,13 +124,15 @@ def log_derivative(log_x: jax.Array, a: jax.Array) -> jax.Array:
 
     Two regions, without a loop, right to 1e-3 relative in float32 for a from 1e-4 to 1e10:
 
-    * x < (a + 1) / 10: with F = x^a e^-x / Gamma(a + 1) * sum_k c_k x^k and
-      c_k = 1 / ((a+1)...(a+k)),
-      V = sum_k c_k x^k (digamma(a + 1) - log x + sum_{j<=k} 1 / (a + j)), with digamma from
-      three steps of its recurrence, whose terms are those of the last sum, and its asymptotic
-      series at a + 4, right to 6e-8;
-    * above it log V is smooth in log(x / (a + 1)) and 1 / (a + 1), down to a = 0 and up to
-      a = infinity, where V = t / (e^t - 1), t = log(x / a): a polynomial in both.
+    For x < (a + 1) / 10, with digamma from three steps of its recurrence, whose terms are those of
+    the last sum, and its asymptotic series at a + 4, right to 6e-8:
+
+        F   = x^a e^-x / Gamma(a + 1) * sum_k c_k x^k
+        c_k = 1 / ((a + 1)...(a + k))
+        V   = sum_k c_k x^k (digamma(a + 1) - log x + sum_{j<=k} 1 / (a + j))
+
+    Above it log V is smooth in log(x / (a + 1)) and 1 / (a + 1), down to a = 0 and up to
+    a = infinity, where V = t / (e^t - 1), t = log(x / a): a polynomial in both.
 
     Args:
       log_x: Log of the draw, any shape.

@@ -82,7 +82,8 @@ class ScaleBySharesState(NamedTuple):
     Attributes:
       allocation_count: Number of renewals, int32.
       allocation_key: Raw threefry key data, uint32 ``[2]``.
-      shares: See :class:`Shares`.
+      shares: What is kept of every channel or element, trees like the parameters: concentrations
+        (``within_concentration``), moments of their gradients, and the factors of the last draw.
       inner_state: State of the transform that gives the directions.
     """
 
@@ -415,18 +416,18 @@ def scale_by_shares(
 
 
 def used_factors(state: ScaleBySharesState) -> list[jax.Array]:
-    """What the rates of the leaves were multiplied with at the last update."""
+    """What the rates were multiplied with at the last update, in the order of the leaves."""
     return jax.tree.leaves(state.shares.within_factor)
 
 
 def mean_factors(state: ScaleBySharesState) -> list[jax.Array]:
-    """Mean of the factors under their Dirichlet."""
+    """Mean of the factors under their Dirichlet, in the order of the leaves."""
     leaves = jax.tree.leaves(state.shares.within_concentration)
     return [leaf / jnp.mean(leaf) for leaf in leaves]
 
 
 def factor_variances(state: ScaleBySharesState) -> list[jax.Array]:
-    """Variance of the factors under their Dirichlet."""
+    """Variance of the factors under their Dirichlet, in the order of the leaves."""
     leaves = jax.tree.leaves(state.shares.within_concentration)
     pairs = [(leaf / jnp.mean(leaf), leaf, jnp.sum(leaf)) for leaf in leaves]
     return [mean**2 * (total - leaf) / (leaf * (total + 1)) for mean, leaf, total in pairs]

@@ -1,4 +1,6 @@
-"""Pictures of a learned distribution over learning rates; needs matplotlib, the extra ``plot``.
+"""Pictures of a learned distribution over learning rates; ``pip install 'dartax[plot]'``.
+
+The notebook ``reading_a_run.ipynb`` shows each of them, of healthy and unhealthy runs.
 
 Every function takes recorded ``metrics``, in one of these forms:
 

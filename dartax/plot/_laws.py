@@ -22,17 +22,17 @@ from dartax.plot._theme import (
 def ridges(
     metrics: Any, *, steps: Steps = None, blocks: Names = None, dark: bool = False
 ) -> Figure:
-    """The law that every block draws its rate from, at chosen steps.
+    """The distribution that every block draws its rate from, at chosen steps.
 
     The share of a block of concentration c is Beta(c, total - c), and its rate is ``min_rate +
-    (rate_budget - min_rate) * share``. The user's schedule is left out, so that the learned law
-    does not follow its decay.
+    (rate_budget - min_rate) * share``. The user's schedule is left out, so that the learned
+    distribution does not follow its decay.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
-      steps: See there; four by default, and the first and last of more than 24 blocks.
-      blocks: See there.
-      dark: See there.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
+      steps: Steps to draw; four by default, and the first and last of more than 24 blocks.
+      blocks: Names of leaves to draw; all by default.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure with a row for each block, and a ridge for each step: the density over the
@@ -134,11 +134,11 @@ def simplex(
     The allocation among three components of a Dirichlet is the Dirichlet of their concentrations.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
       blocks: Names of leaves of three blocks; by default those that spend most at the end.
-      steps: See :mod:`dartax.plot`; four by default.
+      steps: Steps to draw; four by default.
       draws: Number of points, positive.
-      dark: See :mod:`dartax.plot`.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure with a triangle for each step. At a corner one block gets everything. It shows

@@ -49,9 +49,9 @@ def learning_rates(metrics: Any, *, blocks: Names = None, dark: bool = False) ->
     """The rates of the blocks over time, the schedule included.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
-      blocks: See there.
-      dark: See there.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
+      blocks: Names of leaves to draw; all by default.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure with the mean of every block as a line, and for up to 24 blocks a band of one
@@ -82,9 +82,9 @@ def concentrations(metrics: Any, *, blocks: Names = None, dark: bool = False) ->
     """The concentrations of the Dirichlet over time, the slack's as a dashed line.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
-      blocks: See there.
-      dark: See there.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
+      blocks: Names of leaves to draw; all by default.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure on a log axis. A block of concentration c draws its rate with a relative standard
@@ -129,9 +129,9 @@ def heatmap(metrics: Any, *, blocks: Names = None, dark: bool = False) -> Figure
     """The mean rates of all blocks at all steps, as colors on a log scale.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
-      blocks: See there.
-      dark: See there.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
+      blocks: Names of leaves to draw; all by default.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure with a row for each block, the first one on top.
@@ -174,8 +174,8 @@ def budget(metrics: Any, *, dark: bool = False) -> Figure:
     """What is spent of the budget over time, and by whom.
 
     Args:
-      metrics: See :mod:`dartax.plot`.
-      dark: See there.
+      metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
+      dark: Light ink on dark paper.
 
     Returns:
       A figure of two panels: the mean shares of the budget that the blocks together spend and
