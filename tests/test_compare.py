@@ -282,6 +282,17 @@ def test_diverged_runs_are_counted(small):
     assert scored["cells"]["friedman"]["momo"]["diverged"] == 2
 
 
+def test_an_average_is_evaluated_and_changes_nothing_else(small):
+    plain = small.optimizers["dart"]
+    entrants = {"plain": plain, "mean": dataclasses.replace(plain, average=True)}
+    config = dataclasses.replace(small, optimizers={**small.optimizers, **entrants})
+    plain, mean = (compare.run_cell(config, "friedman", name, lambda _: None) for name in entrants)
+    assert mean["train_loss"] == plain["train_loss"]
+    # An average over few steps lags behind.
+    assert np.all(np.array(mean["test_loss"]) > np.array(plain["test_loss"]))
+    assert "average" not in plain["specification"]["optimizer"]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_warm_up(schedule):
     config = OptimizerConfig("adamw", schedule=schedule, learning_rate=2.0, warmup=0.1)

@@ -46,6 +46,8 @@ class EntrantConfig(OptimizerConfig):
     """Values of the swept option."""
     tasks: tuple[str, ...] = ()
     """Tasks to run; all by default."""
+    average: bool = False
+    """Evaluate the mean of the parameters along the way, later ones counting more."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -208,9 +210,10 @@ def specification(config: CompareConfig, task: str, name: str) -> dict[str, Any]
     entrant = dataclasses.asdict(config.optimizers[name])
     for key in ("tasks", "role"):
         del entrant[key]
-    if entrant["blocks"] == EntrantConfig.blocks:
-        del entrant["blocks"]
     # Keys that were added later count only where they are set, so that older results stay valid.
+    for key in ("blocks", "average"):
+        if entrant[key] == getattr(EntrantConfig, key):
+            del entrant[key]
     spec = {
         "task": {
             key: value
@@ -239,6 +242,10 @@ def read_cells(workdir: Path, task: str) -> dict[str, Any]:
     return content
 
 
+# The mean of the parameters gives those of step t a weight in proportion to t ** (AVERAGE - 1): at
+# any time it is mostly of the last quarter of the run (Shamir and Zhang, 2013, arXiv:1212.1824).
+AVERAGE = 8
+
 LATER_TASK_KEYS = (
     "examples",
     "label_noise",
@@ -257,6 +264,7 @@ class Carry(NamedTuple):
     params: PyTree
     opt_state: PyTree
     world: PyTree = ()
+    average: PyTree = ()
 
 
 class Program(NamedTuple):
@@ -292,7 +300,8 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
         params = task.init(jax.random.fold_in(key, 0))
         opt_state = optimizer(seed, value).init(params)
         state = world.start(jax.random.fold_in(key, 3)) if world else ()
-        return Carry(params, opt_state, state), task.batches(jax.random.fold_in(key, 1))
+        average = (jnp.zeros([], jnp.int32), params) if entrant.average else ()
+        return Carry(params, opt_state, state, average), task.batches(jax.random.fold_in(key, 1))
 
     def interval(carry, batches, seed, value, data):
         def step(carry, batch):
@@ -301,7 +310,12 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
                 grads, carry.opt_state, carry.params, value=loss
             )
             params = optax.apply_updates(carry.params, updates)
-            return carry._replace(params=params, opt_state=opt_state), loss
+            average = carry.average
+            if entrant.average:
+                count, mean = average
+                mean = optax.incremental_update(params, mean, AVERAGE / (count + AVERAGE))
+                average = (count + 1, mean)
+            return carry._replace(params=params, opt_state=opt_state, average=average), loss
 
         def learn(carry, batches):
             return jax.lax.scan(step, carry, batches)
@@ -321,7 +335,8 @@ def program(task: tasks.Task, config: TaskConfig, entrant: EntrantConfig) -> Pro
 
     def evaluate(carry, data):
         opt_state = carry.opt_state if config.accumulate == 1 else carry.opt_state.inner_opt_state
-        params = optimizers.eval_params(entrant, opt_state, carry.params)
+        params = carry.average[1] if entrant.average else carry.params
+        params = optimizers.eval_params(entrant, opt_state, params)
         rates = {}
         if optimizers.has_rates(entrant.name):
             tree = dartax.expected_learning_rates(carry.opt_state, carry.params)

@@ -70,6 +70,7 @@ class OptimizerConfig:
         "muon",
         "prodigy",
         "schedule_free_adamw",
+        "schedule_free_dart",
     ] = "dart"
     """Name of the optimizer."""
     inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion", "muon"] = "adam"

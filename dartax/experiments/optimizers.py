@@ -33,6 +33,14 @@ def mechanic(
     )
 
 
+def schedule_free_dart(key: jax.Array | int = 0) -> optax.GradientTransformation:
+    """``dart`` whose momentum is the interpolation of schedule-free learning."""
+    directions = dartax.inner.adam(b1=0.0, b2=0.99)
+    return optax.contrib.schedule_free(
+        dartax.dart(inner=directions, key=key), learning_rate=1.0, b1=0.9
+    )
+
+
 FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart": dartax.dart,
     "paper_dart": dartax.paper_dart,
@@ -48,11 +56,12 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "muon": optax.contrib.muon,
     "prodigy": optax.contrib.prodigy,
     "schedule_free_adamw": optax.contrib.schedule_free_adamw,
+    "schedule_free_dart": lambda learning_rate, key: schedule_free_dart(key),
     **ablations.FACTORY,
 }
 
 
-SCHEDULE_FREE = ("schedule_free_adamw",)
+SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_dart")
 
 
 def has_rates(name: str) -> bool:
