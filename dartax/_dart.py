@@ -21,26 +21,24 @@ Growth needs evidence. Let t be the number of hypergradients so far, f the prese
 user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
 (``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a random walk, and
 n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
-memory, and w_i that of the block's matrices at ``init`` (carried_i is 1 without them). Then
+memory, and w_i that of the block's matrices at ``init``. Then
 
     ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.02 w_i / rate_i)
     limit_i     = min(ramp_i, 0.5) * clip(2 r_i, 0, 1)
-    carried_i   = clip(z_i^2 / w_i^2 - 1, 0, 1)
-    tolerance_i = 0.3 * A * (1 - n_i) * (1 - carried_i) * clip(2 r_i - 1, 0, 1)
+    tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - annealed)
-    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, carried_i)
+    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, clip(z_i^2 / w_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
 of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
 steps later, which serves the steep ones. On a noisy objective, though, s ends a little below 0 at
 any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
-It is 0 too where the past steps have carried a block further than the size of its weights: by then
-the rate is large enough, unless s asks for more. Where the steps follow noise, or undo one another,
-the rate falls as a power of 1 / t, as the optimal rates of noisy problems do. *annealed* is how far
-log f has just fallen; it counts toward that fall. If the schedule will anneal the rate anyway, no
-fall is needed, unless noise has moved a block by more than the size of its weights.
+Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, as the
+optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts toward
+that fall. If the schedule will anneal the rate anyway, no fall is needed, unless noise has moved a
+block by more than the size of its weights.
 
 Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
 diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
@@ -125,18 +123,17 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     return jnp.minimum(limit, FAST_GROWTH) * (1 - confined(context))
 
 
+def tolerance(context: Context) -> jax.Array:
+    """How far s may be below 0 while the rates still grow, ``[K]``."""
+    evidence = jnp.clip(2 * context.progress - 1, 0.0, 1.0)
+    return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
+
+
 def carried_away(context: Context) -> jax.Array:
     """How clearly the past steps moved a block by more than the size of its weights, ``[K]``."""
     scale = weight_scale(context)
     distance = context.displacement / jnp.where(scale > 0, scale, 1.0)
     return jnp.where(scale > 0, jnp.clip(distance**2 - 1, 0.0, 1.0), 1.0)
-
-
-def tolerance(context: Context) -> jax.Array:
-    """How far s may be below 0 while the rates still grow, ``[K]``."""
-    evidence = jnp.clip(2 * context.progress - 1, 0.0, 1.0)
-    evidence *= (1 - noise(context.power)) * (1 - carried_away(context))
-    return TOLERANCE * context.annealing * evidence
 
 
 def retreat(s: jax.Array) -> jax.Array:

@@ -173,9 +173,8 @@ def dart(
                 limit = min(max(0.05, 10 * annealing / schedule_steps), 20.0 / (1 + t))
                 limit = min(limit * max(2e-2 * rms[i] / rate[i], 1), 0.5)
                 limit *= np.clip(2 * progress, 0, 1)
+                tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
                 carried_away = np.clip(displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
-                evidence = np.clip(2 * progress - 1, 0, 1) * (1 - noise) * (1 - carried_away)
-                tolerance = 0.3 * annealing * evidence
                 astray = noise * np.clip(2 - progress, 0, 1) * max(1 - annealing, carried_away)
                 confined = max(1 - 2 * progress, 0)
                 change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
