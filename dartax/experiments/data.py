@@ -261,7 +261,7 @@ def _published_file(title: str, name: str, url: str, sha256: str, needed: str) -
         ) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(
-            f"{path} must be the published {title} file, got {len(raw):,} bytes of another "
+            f"{path} must be the published {title} file, got {len(raw):,} bytes of different "
             "content; delete it and run again."
         )
     return raw
