@@ -343,7 +343,9 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     """An optimizer without a learning rate: Adam directions, learned Dirichlet rates.
 
     There is nothing to tune. If you know the number of steps, pass a decay from 1 to 0 as
-    ``learning_rate``: it multiplies the learned rates, and does the most for the final loss.
+    ``learning_rate``: it multiplies the learned rates, and does the most for the final loss. If you
+    do not, leave it out, and evaluate a mean of the parameters, most of it from the last quarter of
+    the steps so far: ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
