@@ -250,7 +250,7 @@ def scale_by_dart(
       memory_decay: Decay of the memory of past steps that the next gradient is compared with, in
         [0, 1). 0 is the one-step hypergradient.
       weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
-        learned rate of its block. The rates do not learn from it.
+        learned rate of its block.
       mask: Tree of bools, or a function from params to one: where the decay applies.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
         pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves

@@ -74,6 +74,11 @@ def directions(
     return direction, direction, select(taken, new_state, inner_state), taken
 
 
+def part(params: PyTree, memory: PyTree, blocks: Blocks) -> PyTree:
+    """The part of the parameters that goes into the memory, here all."""
+    return params
+
+
 def move(
     direction: PyTree,
     remembered: PyTree,
@@ -82,10 +87,13 @@ def move(
     weights: jax.Array,
     keep: jax.Array,
     blocks: Blocks,
+    *,
+    reads_params: bool = False,
 ) -> tuple[PyTree, PyTree, jax.Array]:
     """The updates, the new memory and the squared lengths of what was added to it.
 
     ``rates``, ``weights`` and ``keep`` are ``[K]``, and so are the lengths, before the weights.
+    ``reads_params`` says whether the direction was computed from the parameters too.
     """
     block = jax.tree.unflatten(jax.tree.structure(memory), blocks.of_leaf)
     updates = jax.tree.map(lambda u, i: scale(u, rates[i]), direction, block)

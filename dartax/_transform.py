@@ -11,15 +11,16 @@ around the rule. Their arithmetic on the parameters is in ``_plain.py``, and in 
 
 and the gradient of the next loss with respect to the rates of the steps so far is
 
-    h_i = dL_{t+1}/drate_i = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * u_t,
+    h_i = dL_{t+1}/drate_i = -< g_{t+1,i}, z_{t,i} >,   z_t = memory_decay * z_{t-1} + f_t * v_t,
 
-where the rule may shrink z_{t-1} further. With f_t * (rate_i - min_rate) * u_t in place of f_t *
-u_t it is dL_{t+1}/dlog pi_i. Both differentiate with respect to one common change of all remembered
-rates. memory_decay = 0 is the hypergradient of Baydin et al. (2018, `arXiv:1703.04782
-<https://arxiv.org/abs/1703.04782>`_). The second form sums what the Dirichlet moved the parameters
-by, so the tiny first steps do not outweigh the later ones while the rates grow by orders of
-magnitude. Weight decay takes no part: it is there for the loss on unseen data, and the gradient is
-that of the training loss.
+where v_t is u_t with the weight decay, and the rule may shrink z_{t-1} further. With f_t * (rate_i
+- min_rate) * v_t in place of f_t * v_t it is dL_{t+1}/dlog pi_i. Both differentiate with respect to
+one common change of all remembered rates. memory_decay = 0 is the hypergradient of Baydin et al.
+(2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form sums what the
+Dirichlet moved the parameters by, so the tiny first steps do not outweigh the later ones while the
+rates grow by orders of magnitude. Weight decay is part of z because it is part of the steps. Where
+it balances the gradient, the weights do not move, z is small, and no rate grows. Without it the
+gradient would ask for longer steps forever.
 """
 
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from dartax import _blocks, _check, _fused, _plain, _probe, _walk, random
 from dartax._averages import Number, f32
 from dartax._blocks import Labels, PyTree
 from dartax._complex import in_pairs, out_of_pairs
-from dartax._decay import decayed_weights
+from dartax._decay import decayed_weights, decays
 from dartax._draw import Draw, draw_shares
 from dartax._eager import compiled_outside_jit
 from dartax._fusable import fusable
@@ -85,7 +86,6 @@ def scale_by_dirichlet(
     inner = in_float32(inner) if known is None else inner
     whole_memory |= known is not None and known.whole_memory
     low, high = f32(min_rate), f32(rate_budget)
-    decay = decayed_weights(weight_decay, mask)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _blocks.check_params(params)
@@ -139,6 +139,14 @@ def scale_by_dirichlet(
             usable &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
         return h, length, squares, usable
 
+    def decayed(direction, remembered, params, state, blocks):
+        """The direction and what the memory holds of it, with the weight decay."""
+        where = mask(direction) if _check.is_function(mask) else mask
+        decay = decayed_weights(weight_decay, where)
+        direction, _ = decay.update(direction, decay.init(params), params)
+        part = arithmetic.part(params, state.step_memory, blocks)
+        return direction, decay.update(remembered, decay.init(part), part)[0]
+
     def update_fn(updates, state, params=None, *, multiplier=None, **extra_args):
         value = extra_args.get("value")
         blocks = blocks_in(state)
@@ -170,7 +178,8 @@ def scale_by_dirichlet(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
             **{**extra_args, "grad": grad, "step_memory": state.step_memory},
         )  # fmt: skip
-        direction, _ = decay.update(direction, decay.init(params), params)
+        if decays(weight_decay):
+            direction, remembered = decayed(direction, remembered, params, state, blocks)
         weights = multiplier * (spent if rule.in_log_space else jnp.ones_like(spent))
         # (0 * last_rates, not 0: a donated array is only overwritten in place if a step reads it.)
         last_rates = jnp.where(taken, multiplier * rates, 0.0 * state.last_rates)
@@ -180,7 +189,7 @@ def scale_by_dirichlet(
         keep = jnp.where(taken, keep, jnp.where(overflows, 0.0, 1.0))
         updates, step_memory, squares = arithmetic.move(
             direction, remembered, state.step_memory, last_rates, jnp.where(taken, weights, 0.0),
-            keep, blocks,
+            keep, blocks, reads_params=decays(weight_decay),
         )  # fmt: skip
         walk = _walk.advance(state.walk, keep, weights, squares, blocks.sizes(step_memory))
 

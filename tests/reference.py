@@ -192,6 +192,7 @@ def dart(
         l = np.array([log_derivative(log_gamma[j], a[j]) for j in range(K + 1)])
         rates = multiplier(t) * (min_rate + (rate_budget - min_rate) * pi[:K])
         u = direction(g)
+        u = {name: u[name] + weight_decay * params[name] for name in names}
         spent = rates - multiplier(t) * min_rate
         z = {n: kept[labels[n]] * z[n] + spent[labels[n]] * u[n] for n in names}
         for i in range(K):
@@ -199,6 +200,5 @@ def dart(
             square = sum(np.sum(part**2) for part in parts)
             past[i].append((spent[i] * np.sqrt(square), kept[i]))
             powers[i].append(square / sum(part.size for part in parts))
-        u = {name: u[name] + weight_decay * params[name] for name in names}
         params = {name: params[name] - rates[labels[name]] * u[name] for name in names}
         yield params, a.copy(), rates

@@ -100,3 +100,35 @@ def test_dart_moves_budget_to_the_flat_tensor():
     _, concentration = run(KEYS, make=dart_sgd, steps=500, noise=1.0)
     ratio = np.log(concentration["flat"] / concentration["steep"])
     assert ratio.mean() > 5 * ratio.std() / np.sqrt(len(ratio))
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_weight_decay_drives_no_rate_to_the_budget(seed):
+    """Where decay and gradient balance, longer steps would change nothing, and no rate grows."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    x = jax.random.normal(keys[0], (256, 8))
+    y = jnp.sin(x @ jax.random.normal(keys[1], (8, 1)))
+    params = {
+        "first": {"w": jax.random.normal(keys[2], (8, 32)) / 3, "b": jnp.zeros(32)},
+        "last": {"w": jax.random.normal(keys[3], (32, 1)) / 6, "b": jnp.zeros(1)},
+    }
+
+    def loss(params, x, y):
+        hidden = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"][None])
+        return jnp.mean((hidden @ params["last"]["w"] + params["last"]["b"][None] - y) ** 2)
+
+    optimizer = dartax.dart(weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+
+    def step(carry, key):
+        params, state = carry
+        chosen = jax.random.randint(key, (32,), 0, len(x))
+        updates, state = optimizer.update(
+            jax.grad(loss)(params, x[chosen], y[chosen]), state, params
+        )
+        params = optax.apply_updates(params, updates)
+        return (params, state), dartax.metrics(state, params)["dart/expected_rate/first/w"]
+
+    batches = jax.random.split(keys[4], 1000)
+    (params, _), rates = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+    assert jnp.max(rates) < 0.2
+    assert loss(params, x, y) < 0.1

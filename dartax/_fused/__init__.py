@@ -27,6 +27,7 @@ import optax
 from dartax import _plain
 from dartax._blocks import Blocks, PyTree
 from dartax._fusable import choose, fusable, zero_unless
+from dartax._fused._order import after_memory
 from dartax._fused._sample import part_like, sample_shape, take_samples
 from dartax._fused._sums import sums
 from dartax._fused._threefry import random_words
@@ -37,6 +38,7 @@ __all__ = [
     "judge",
     "memory_shape",
     "move",
+    "part",
     "random_words",
     "select",
 ]
@@ -107,6 +109,11 @@ def directions(
     return direction, update.again(updates, inner_state, taken, part_of), inner_state, taken
 
 
+def part(params: PyTree, memory: PyTree, blocks: Blocks) -> PyTree:
+    """See :func:`dartax._plain.part`."""
+    return part_like(memory, params, phases=phases(blocks))
+
+
 def move(
     direction: PyTree,
     remembered: PyTree,
@@ -115,6 +122,8 @@ def move(
     weights: jax.Array,
     keep: jax.Array,
     blocks: Blocks,
+    *,
+    reads_params: bool = False,
 ) -> tuple[PyTree, PyTree, jax.Array]:
     """See :func:`dartax._plain.move`; the lengths are those of the part that the memory holds."""
     structure: Any = jax.tree.structure(memory)
@@ -123,6 +132,8 @@ def move(
         jax.tree.unflatten(structure, [row[i] for row in rows]) for i in range(3)
     )
     memory = jax.tree.map(_accumulate, memory, remembered, leaf_weights, leaf_keep)
+    if reads_params:
+        leaf_rates = after_memory(leaf_rates, memory)
     squares = per_block(sums(jnp.square, jax.tree.leaves(remembered)), blocks)
     return jax.tree.map(_scale, direction, leaf_rates), memory, squares
 
