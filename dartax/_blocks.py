@@ -68,6 +68,11 @@ def path_names(tree: PyTree) -> list[str]:
     return list(names)
 
 
+def at(path: Any) -> str:
+    """Where a leaf is, for a message; nothing at the root."""
+    return f" at '{path_name(path)}'" if path else ""
+
+
 def check_params(params: PyTree) -> None:
     """Raises unless ``params`` has leaves and all are floating or complex arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -84,15 +89,19 @@ def check_params(params: PyTree) -> None:
             "pass the parameters of your model."
         )
     for path, leaf in leaves:
-        if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+        is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        if not (is_array or isinstance(leaf, int | float | complex)):
             raise TypeError(
-                f"params must be arrays, got {leaf!r} at '{path_name(path)}'; take it out."
+                f"params must be arrays, got a {type(leaf).__name__}{at(path)}; pass what is "
+                'trained, such as model.init(key, x)["params"] (Linen), nnx.state(model, '
+                "nnx.Param) or eqx.filter(model, eqx.is_inexact_array)."
             )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"params must have floating or complex dtypes, got {dtype} at '{path_name(path)}'; "
-                "leave it to another transform with optax.masked."
+                f"params must have floating or complex dtypes, got {dtype}{at(path)}; pass what is "
+                "trained, such as nnx.state(model, nnx.Param), or freeze it with optax.partition "
+                "and optax.set_to_zero."
             )
 
 
@@ -134,11 +143,12 @@ def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes
             {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (updates, memory)
         )
-        missing, extra = sorted(want - got), sorted(got - want)
+        differ = {"missing": sorted(want - got), "unknown": sorted(got - want)}
+        wrong = [f"{how} {names}" for how, names in differ.items() if names]
         raise ValueError(
             f"{name} must have the tree structure of the parameters given to init, got "
-            + (f"missing {missing} and unknown {extra}" if missing or extra else "other containers")
-            + "; pass the same tree as to init."
+            + (" and ".join(wrong) or "other containers")
+            + "; pass the same tree as to init, or call init again for another model."
         )
     pairs = zip(jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(memory), strict=True)
     for (path, update), leaf in pairs:

@@ -39,6 +39,24 @@ def renamed(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def answered(**answers: str) -> Callable[[Function], Function]:
+    """A decorator that answers keyword arguments of other optimizers, which this one lacks."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for name in answers.keys() & kwargs.keys():
+                raise TypeError(
+                    f"{name} must not be given to {function.__name__}, "  # type: ignore[attr-defined]
+                    f"got {name}={kwargs[name]!r}; {answers[name]}."
+                )
+            return function(*args, **kwargs)
+
+        return checked  # type: ignore[return-value]
+
+    return decorate
+
+
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a Python or NumPy real number, whose value can be checked."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

@@ -207,6 +207,15 @@ _new_names = _check.renamed(
 )
 
 
+_in_inner = "it belongs to the directions: pass inner=dartax.inner.adam({}=...)"
+_answers = _check.answered(
+    lr="leave it out, for the rates are learned",
+    schedule="pass it as learning_rate, the first argument of dart",
+    **{name: _in_inner.format(name) for name in ("b1", "b2", "eps", "nesterov")},
+)
+
+
+@_answers
 @_new_names
 def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
@@ -323,6 +332,7 @@ def scale_by_dart(
     )
 
 
+@_answers
 @_new_names
 def dart(  # noqa: D417  (arguments shared with scale_by_dart are described there)
     learning_rate: optax.ScalarOrSchedule = 1.0,

@@ -133,8 +133,8 @@ def scale_by_learning_rates(
             if path not in schedules:
                 raise ValueError(
                     "schedules must have one for every leaf of the parameters, got none for "
-                    f"'{path}'; add it, or leave the leaf to another transform with "
-                    "optax.masked."
+                    f"'{path}'; add it, or freeze the leaf with optax.partition and "
+                    "optax.set_to_zero."
                 )
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 

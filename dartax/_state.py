@@ -93,7 +93,8 @@ def check_state(state: PyTree) -> None:
     if not isinstance(state, ScaleByDartState):
         raise TypeError(
             f"state must be a ScaleByDartState, got {type(state).__name__}; pass what init or "
-            "the last update returned, and restore checkpoints into it."
+            "the last update returned, in the order update(grads, state, params), and restore "
+            "checkpoints into it."
         )
     if isinstance(state.version, jax.core.Tracer):
         return  # inside jax.jit its value cannot be read

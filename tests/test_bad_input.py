@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -197,12 +198,12 @@ def test_an_inner_transform_that_depends_on_a_traced_value():
         (None, ValueError, "params must have at least one array, got the empty tree"),
         ({"n": jnp.arange(3)}, TypeError, "params must have floating or complex dtypes, got int32 at 'n'"),
         ({"n": 3}, TypeError, "params must have floating or complex dtypes, got int32 at 'n'"),
-        ({"n": "x"}, TypeError, "params must be arrays, got 'x' at 'n'"),
-        ({"m": True}, TypeError, "params must have floating or complex dtypes, got bool at 'm'; leave it"),
-        ({"k": jax.random.key(0)}, TypeError, "params must have floating or complex dtypes, got key<fry> at 'k'; leave it"),
-        (jnp.ones(3, jnp.uint8), TypeError, "params must have floating or complex dtypes, got uint8 at ''"),
-        ([jnp.ones(1), jnp.sin], TypeError, "params must be arrays, got .* at '1'; take it out"),
-        (object(), TypeError, "params must be arrays, got <object object .* at ''"),
+        ({"n": "x"}, TypeError, "params must be arrays, got a str at 'n'"),
+        ({"m": True}, TypeError, "params must have floating or complex dtypes, got bool at 'm'; pass what"),
+        ({"k": jax.random.key(0)}, TypeError, "params must have floating or complex dtypes, got key<fry> at 'k'; pass what"),
+        (jnp.ones(3, jnp.uint8), TypeError, "params must have floating or complex dtypes, got uint8; pass"),
+        ([jnp.ones(1), jnp.sin], TypeError, "params must be arrays, got a .* at '1'; pass what is trained"),
+        (object(), TypeError, "params must be arrays, got a object; pass"),
     ],
 )  # fmt: skip
 def test_parameters(make, params, error, match):
@@ -230,6 +231,27 @@ def test_gradients_of_another_structure_or_shape(make):
     state = optimizer.init([PARAMS["w"]])
     with pytest.raises(ValueError, match="updates must .* other containers") as caught:
         optimizer.update((PARAMS["w"],), state)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("make", [dartax.dart, dartax.scale_by_dart])
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"lr": 1e-3}, "lr must not be given to .*dart, got lr=0.001; leave it out"),
+        ({"b1": 0.9}, r"b1 must not .* pass inner=dartax.inner.adam\(b1=...\)"),
+        ({"schedule": 1.0}, "schedule must not .* pass it as learning_rate, the first"),
+    ],
+)
+def test_arguments_of_other_optimizers_are_answered(make, arguments, match):
+    with pytest.raises(TypeError, match=match) as caught:
+        make(**arguments)
+    sentence(caught)
+
+
+def test_a_module_is_not_taken_for_an_array():
+    with pytest.raises(TypeError, match="params must be arrays, got a Dense; pass") as caught:
+        dartax.dart().init(flax.linen.Dense(3))
     sentence(caught)
 
 

@@ -47,10 +47,13 @@ def train(
     where = (coordinator, processes, process_id)
     if distributed or where != (None, None, None):
         devices.join_processes(*where)
+    workdir = Path(run.workdir)
+    finished = (workdir / "summary.json").exists()
     summary = train_lib.train_and_evaluate(run)
     if not devices.is_first_process():
         return
-    workdir = Path(run.workdir)
+    if finished:
+        print(f"{workdir} is finished; nothing was run. For a new run pass another --workdir.")
     if (workdir / "rates.txt").exists():
         table = Description((workdir / "rates.txt").read_text(encoding="utf-8"))
         colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -495,6 +495,13 @@ def run(
         if name in redo
         or found[task].get(name, {}).get("specification") != specification(config, task, name)
     ]
+    if not missing:
+        kept = [found[task][name]["versions"].get("dartax") for task, name in cells(config)]
+        print(
+            f"All {len(kept)} results are in {workdir} already, of dartax "
+            f"{', '.join(sorted({str(version) for version in kept}))}; nothing is run. To run them "
+            "again, pass --redo with names, or another --workdir."
+        )
     for name in {name for _, name in missing}:
         # Find invalid options now, not after hours of training.
         entrant = config.optimizers[name]
