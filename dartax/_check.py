@@ -47,7 +47,7 @@ def answered(**answers: str) -> Callable[[Function], Function]:
         def checked(*args: Any, **kwargs: Any) -> Any:
             for name in answers.keys() & kwargs.keys():
                 raise TypeError(
-                    f"{name} must not be given to {function.__name__}, "  # type: ignore[attr-defined]
+                    f"{name} must not be given to {function.__name__}, "
                     f"got {name}={kwargs[name]!r}; {answers[name]}."
                 )
             return function(*args, **kwargs)
