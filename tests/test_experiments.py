@@ -113,7 +113,8 @@ def test_train_leaves_a_run_folder(capsys):
     # Again: nothing is trained, and the same result is told.
     before = Path("runs/a/metrics.csv").stat().st_mtime_ns
     assert cli.main(arguments) == 0
-    assert capsys.readouterr().out == out
+    told = "runs/a is finished; nothing was run. For a new run pass another --workdir.\n"
+    assert capsys.readouterr().out == told + out
     assert Path("runs/a/metrics.csv").stat().st_mtime_ns == before
 
     # Another configuration does not overwrite it.

@@ -387,7 +387,7 @@ COLUMNS = [
 
 # (Rates that are none, to dart, are told.)
 @pytest.mark.one_in(3)
-@pytest.mark.filterwarnings("ignore:learning_rate multiplies:UserWarning")
+@pytest.mark.filterwarnings("ignore:learning_rate must be a multiplier:UserWarning")
 @pytest.mark.parametrize("name", ["dart", "paper_dart"])
 @pytest.mark.parametrize(("column", "arguments"), COLUMNS)
 def test_the_table_of_optax(name, column, arguments, monkeypatch):

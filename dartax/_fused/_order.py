@@ -79,5 +79,13 @@ def after_memory(values: PyTree, memory: PyTree) -> PyTree:
     Gain: with weight decay a step of 10 M parameters in 24 tensors takes 1.3 times as long as
     AdamW's in place of 2.8 (``dartax bench --sizes 1e7x24 --optimizers dart_weight_decay``).
     """
-    after = functools.partial(jax.tree.map, _after)
-    return jax.lax.platform_dependent(values, memory, cpu=after, default=lambda values, _: values)
+
+    def after(value, array):
+        return _after(value, array) if array.size and not is_split([array]) else value
+
+    return jax.lax.platform_dependent(
+        values,
+        memory,
+        cpu=functools.partial(jax.tree.map, after),
+        default=lambda values, _: values,
+    )
