@@ -145,6 +145,8 @@ def scale_by_dirichlet(
         decay = decayed_weights(weight_decay, where)
         direction, _ = decay.update(direction, decay.init(params), params)
         part = arithmetic.part(params, state.step_memory, blocks)
+        # A weight that is not finite would stay in the memory, even if its step is skipped.
+        part = jax.tree.map(lambda p: jnp.where(jnp.isfinite(p), f32(p), 0.0), part)
         return direction, decay.update(remembered, decay.init(part), part)[0]
 
     def update_fn(updates, state, params=None, *, multiplier=None, **extra_args):

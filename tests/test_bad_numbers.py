@@ -386,3 +386,20 @@ def test_a_first_rate_far_too_high_shows(inner):
     losses, skipped, words = run(10.0)
     assert not losses[-1] < 0.9 * losses[0]
     assert skipped > 50 or sum(word in trouble for word in words) > len(words) / 2
+
+
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+@pytest.mark.parametrize("gradient", [1.0, np.nan])
+def test_a_bad_weight_does_not_stay_in_the_memory(implementation, gradient):
+    """Who restores the weights need not restore the state."""
+    optimizer = dartax.dart(weight_decay=0.5, implementation=implementation)
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
+    update = jax.jit(optimizer.update)
+    _, state = update(params, optimizer.init(params), params)
+    bad = {**params, "b": params["b"].at[0].set(np.nan)}
+    grads = {**params, "b": params["b"].at[0].set(gradient)}
+    _, state = update(grads, state, bad)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state[0].step_memory))
+    for _ in range(2):
+        updates, state = update(params, state, params)
+    assert all(bool(jnp.all(leaf < 0)) for leaf in jax.tree.leaves(updates))
