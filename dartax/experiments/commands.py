@@ -48,7 +48,7 @@ def train(
     if distributed or where != (None, None, None):
         devices.join_processes(*where)
     workdir = Path(run.workdir)
-    finished = (workdir / "summary.json").exists()
+    finished = run_folder.is_finished(workdir)
     summary = train_lib.train_and_evaluate(run)
     if not devices.is_first_process():
         return

@@ -90,6 +90,14 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     return summary if complete else None
 
 
+def is_finished(workdir: Path) -> bool:
+    """Whether a finished run is there; no if the folder cannot be looked at, as training tells."""
+    try:
+        return (workdir / "summary.json").exists()
+    except (OSError, ValueError):
+        return False
+
+
 def outcome(summary: dict[str, Any]) -> str:
     """The result of a run in words; figures that are not finite are null in a summary."""
     loss, accuracy = summary["test_loss"], summary["test_accuracy"]
