@@ -21,17 +21,15 @@ LARGEST = 3.4e38
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def renamed(**names: str) -> Callable[[Function], Function]:
-    """A decorator that refuses old names of keyword arguments, each with its new name."""
+def refused(reasons: dict[str, tuple[str, str]]) -> Callable[[Function], Function]:
+    """A decorator that refuses keyword arguments: name to what they must be, and the fix."""
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            for old in names.keys() & kwargs.keys():
-                raise TypeError(
-                    f"{old} must be given by its new name, {names[old]}, got {old}={kwargs[old]!r};"
-                    f" pass {names[old]}."
-                )
+            for name in reasons.keys() & kwargs.keys():
+                must, fix = reasons[name]
+                raise TypeError(f"{name} must {must}, got {name}={kwargs[name]!r}; {fix}.")
             return function(*args, **kwargs)
 
         return checked  # type: ignore[return-value]
@@ -39,22 +37,9 @@ def renamed(**names: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def answered(**answers: str) -> Callable[[Function], Function]:
-    """A decorator that answers keyword arguments of other optimizers, which this one lacks."""
-
-    def decorate(function: Function) -> Function:
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            for name in answers.keys() & kwargs.keys():
-                raise TypeError(
-                    f"{name} must not be given to {function.__name__}, "
-                    f"got {name}={kwargs[name]!r}; {answers[name]}."
-                )
-            return function(*args, **kwargs)
-
-        return checked  # type: ignore[return-value]
-
-    return decorate
+def renamed(**names: str) -> dict[str, tuple[str, str]]:
+    """Reasons to refuse old names of arguments, each with its new name."""
+    return {old: (f"be given by its new name, {new}", f"pass {new}") for old, new in names.items()}
 
 
 def is_number(value: Any) -> bool:

@@ -202,21 +202,22 @@ def dart_rule(
     return Rule(init, learn, in_log_space=True, uses_walk=True)
 
 
-_new_names = _check.renamed(
-    horizon="memory_decay", max_rate="rate_budget", direction_dtype="memory_dtype"
+_check_names = _check.refused(
+    {
+        **_check.renamed(
+            horizon="memory_decay", max_rate="rate_budget", direction_dtype="memory_dtype"
+        ),
+        "lr": ("not be given to dart", "leave it out, for the rates are learned"),
+        "schedule": ("not be given to dart", "pass it as learning_rate, the first argument"),
+        **{
+            name: ("not be given to dart", f"pass inner=dartax.inner.adam({name}=...)")
+            for name in ("b1", "b2", "eps", "nesterov")
+        },
+    }
 )
 
 
-_in_inner = "it belongs to the directions: pass inner=dartax.inner.adam({}=...)"
-_answers = _check.answered(
-    lr="leave it out, for the rates are learned",
-    schedule="pass it as learning_rate, the first argument of dart",
-    **{name: _in_inner.format(name) for name in ("b1", "b2", "eps", "nesterov")},
-)
-
-
-@_answers
-@_new_names
+@_check_names
 def scale_by_dart(
     inner: optax.GradientTransformation | None = None,
     *,
@@ -332,8 +333,7 @@ def scale_by_dart(
     )
 
 
-@_answers
-@_new_names
+@_check_names
 def dart(  # noqa: D417  (arguments shared with scale_by_dart are described there)
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

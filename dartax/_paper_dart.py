@@ -75,7 +75,11 @@ def paper_rule(
     )
 
 
-@_check.renamed(lr_min="min_rate", lr_max="rate_budget", alpha="concentration", betas="b1 and b2")
+@_check.refused(
+    _check.renamed(
+        lr_min="min_rate", lr_max="rate_budget", alpha="concentration", betas="b1 and b2"
+    )
+)
 def paper_dart(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,

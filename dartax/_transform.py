@@ -19,8 +19,8 @@ one common change of all remembered rates. memory_decay = 0 is the hypergradient
 (2018, `arXiv:1703.04782 <https://arxiv.org/abs/1703.04782>`_). The second form sums what the
 Dirichlet moved the parameters by, so the tiny first steps do not outweigh the later ones while the
 rates grow by orders of magnitude. Weight decay is part of z because it is part of the steps. Where
-it balances the gradient, the weights do not move, z is small, and no rate grows. Without it the
-gradient would ask for longer steps forever.
+it balances the gradient, the weights do not move, z is small, and no rate grows. If z left it
+out, the gradient would ask for longer steps forever.
 """
 
 from typing import Any, Literal
