@@ -9,10 +9,9 @@ gradient through the draw is
     s_i = -m_i / sqrt(v_i)                                   moments of G_i
 
 s_i is near 1 where about the last ten gradients agree that longer steps would have been better,
-and near -1 where they agree on shorter ones. s_long is the same over about 50 gradients. The
-concentrations move by
+and near -1 where they agree on shorter ones. The concentrations move by
 
-    a_i <- a_i + limit_i * clip(min(s_i, s_long_i) + tolerance_i, 0, 1) - fall_i
+    a_i <- a_i + limit_i * clip(s_i + tolerance_i, 0, 1) - fall_i
 
 Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
 alone, and makes the smallest one of a block equal ``concentration``.
@@ -23,12 +22,12 @@ user's schedule, T its length if it ends, and A in [0, 1] the part of f that it 
 n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
 memory, and w_i that of the block's matrices at ``init``. Then
 
-    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.02 w_i / rate_i)
-    limit_i     = min(ramp_i, 0.5) * clip(2 r_i, 0, 1)
+    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.025 w_i / rate_i)
+    limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - annealed)
-    astray_i    = n_i * clip(2 - r_i, 0, 1) * max(1 - A, clip(z_i^2 / w_i^2 - 1, 0, 1))
+    astray_i    = n_i * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
 of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
@@ -38,7 +37,7 @@ any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, as the
 optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts toward
 that fall. If the schedule will anneal the rate anyway, no fall is needed, unless noise has moved a
-block by more than the size of its weights.
+block by more than half the size of its weights.
 
 Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
 diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
@@ -63,16 +62,15 @@ from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
-# Decays of the gradient's averages: the first moment, the long average that has to agree with it,
-# and the second moment. The last is below Adam's 0.999: hypergradients shrink by orders of
-# magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
-B1, B_TREND, B2 = 0.9, 0.98, 0.99
+# Decays of the gradient's moments. The second is below Adam's 0.999: hypergradients shrink by
+# orders of magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
+B1, B2 = 0.9, 0.99
 # The ramp, which is also the warm-up: a log rate grows by at most GROWTH per update, and by at most
 # RAMP / (1 + t) later on. A run that its schedule shows to be short may grow by SHORT_RUN in all.
 GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
 # The ramp is steeper while a step with directions of size 1, such as Adam's, changes less than
 # SMALL_STEP of the weights, up to FAST_GROWTH per update.
-SMALL_STEP, FAST_GROWTH = 2e-2, 0.5
+SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
 # Rates may grow while s is above -TOLERANCE; progress, power and the schedule can reduce this.
 # (Half of this value loses on Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
@@ -130,10 +128,10 @@ def tolerance(context: Context) -> jax.Array:
 
 
 def carried_away(context: Context) -> jax.Array:
-    """How clearly the past steps moved a block by more than the size of its weights, ``[K]``."""
+    """How clearly the past steps moved a block by more than half its weights' size, ``[K]``."""
     scale = weight_scale(context)
     distance = context.displacement / jnp.where(scale > 0, scale, 1.0)
-    return jnp.where(scale > 0, jnp.clip(distance**2 - 1, 0.0, 1.0), 1.0)
+    return jnp.where(scale > 0, jnp.clip((2 * distance) ** 2 - 1, 0.0, 1.0), 1.0)
 
 
 def retreat(s: jax.Array) -> jax.Array:
@@ -144,7 +142,7 @@ def retreat(s: jax.Array) -> jax.Array:
 def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     needed = jnp.maximum(1 - context.annealing, carried_away(context))
-    astray = needed * noise(context.power) * jnp.clip(2 - context.progress, 0.0, 1.0)
+    astray = noise(context.power) * needed
     limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     annealed = limit * jnp.maximum(astray, confined(context)) - context.schedule_fall
     return jnp.maximum(GROWTH * retreat(s), annealed)
@@ -170,18 +168,16 @@ def dart_rule(
         gradient = log_concentration_gradient(draw, h)
         mu = moving_average(moments.hyper_mu, gradient, B1)
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
-        trend = moving_average(moments.hyper_trend, gradient, B_TREND)
 
         # A block that has seen no gradient yet does not move.
         size = root(debias(nu, B2, num))
         seen = size > 0
         inverse_size = jnp.where(seen, 1 / jnp.where(seen, size, 1.0), 0.0)
         s = -debias(mu, B1, num) * inverse_size
-        s_long = -debias(trend, B_TREND, num) * inverse_size
 
         share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
-        grow = jnp.clip(jnp.minimum(s, s_long) + tolerance(context), 0.0, 1.0)
+        grow = jnp.clip(s + tolerance(context), 0.0, 1.0)
         change = growth_limit(rate, context) * grow - fall(s, context)
         usual = root(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
@@ -196,7 +192,7 @@ def dart_rule(
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
         # Past steps count as if they had been as short as the new rate makes them.
-        moments = Moments(mu, nu, trend, change)
+        moments = Moments(mu, nu, change)
         return moved, moments, jnp.minimum(factor, 1.0)
 
     return Rule(init, learn, in_log_space=True, uses_walk=True)
@@ -249,7 +245,7 @@ def scale_by_dart(
         those of optax; with Adam, less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates.
       init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K blocks.
-        It matters little from 1e-8 to 1e-4: the rates grow tenfold in 5 updates while the steps are
+        It matters little from 1e-8 to 1e-4: the rates grow tenfold in 3 updates while the steps are
         tiny beside the weights, and tenfold in 50 later on.
       min_rate: Lower end of the rates, non-negative.
       rate_budget: Upper end of the rates, positive. If ``min_rate`` is 0, it is also the most that

@@ -12,7 +12,7 @@ from dartax._schedule import Ending
 from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 10
+VERSION = 11
 
 
 class Moments(NamedTuple):
@@ -21,14 +21,12 @@ class Moments(NamedTuple):
     Attributes:
       hyper_mu: First moment, float32 ``[K]``.
       hyper_nu: Second moment, float32 ``[K]``.
-      hyper_trend: First moment over a longer window, float32 ``[K]``.
       hyper_change: Last change of the log concentrations, float32 ``[K]``, before the common factor
-        that leaves the mean rates alone. ``paper_dart`` leaves it and ``hyper_trend`` at 0.
+        that leaves the mean rates alone. ``paper_dart`` leaves it at 0.
     """
 
     hyper_mu: jax.Array
     hyper_nu: jax.Array
-    hyper_trend: jax.Array
     hyper_change: jax.Array
 
 

@@ -105,7 +105,7 @@ def dart(
     ``sample`` is True where a thin memory holds an element. ``white_noise`` is that of Adam.
     ``multiplier`` falls to its last value in ``schedule_steps``.
     """
-    b1, b_trend, b2 = 0.9, 0.98, 0.99
+    b1, b2 = 0.9, 0.99
     names = sorted(params)
     labels = labels or {name: i for i, name in enumerate(names)}
     K = len(set(labels.values()))
@@ -119,7 +119,7 @@ def dart(
     rms = [value or smallest for value in rms]
     slack = concentration * ((rate_budget - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
-    m, v, trend = np.zeros(K), np.zeros(K), np.zeros(K)
+    m, v = np.zeros(K), np.zeros(K)
     z = {name: np.zeros_like(params[name]) for name in names}
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
@@ -157,11 +157,10 @@ def dart(
                 h[labels[name]] -= g[name].size / products.size * np.sum(products)
             grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
             m = b1 * m + (1 - b1) * grad
-            trend = b_trend * trend + (1 - b_trend) * grad
             usual = np.sqrt(v / (1 - b2 ** max(t - 1, 1)))
             v = b2 * v + (1 - b2) * grad**2
             root = np.sqrt(v / (1 - b2**t))
-            s, s_long = -m / (1 - b1**t) / root, -trend / (1 - b_trend**t) / root
+            s = -m / (1 - b1**t) / root
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
             f, last_f = multiplier(t), multiplier(t - 1)
             ends = np.isfinite(schedule_steps) and f > multiplier(schedule_steps)
@@ -171,13 +170,13 @@ def dart(
                 progress, power, displacement = evidence(i, t)
                 noise = np.clip(2 - abs(np.log(power)) / 0.3, 0, 1) if power > 0 else 0.0
                 limit = min(max(0.05, 10 * annealing / schedule_steps), 20.0 / (1 + t))
-                limit = min(limit * max(2e-2 * rms[i] / rate[i], 1), 0.5)
+                limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
-                carried_away = np.clip(displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
-                astray = noise * np.clip(2 - progress, 0, 1) * max(1 - annealing, carried_away)
+                carried_away = np.clip(4 * displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
+                astray = noise * max(1 - annealing, carried_away)
                 confined = max(1 - 2 * progress, 0)
-                change = limit * np.clip(min(s[i], s_long[i]) + tolerance, 0, 1)
+                change = limit * np.clip(s[i] + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
                 fall = min(0.05, 3.0 / (1 + t)) * max(astray, confined)
                 change -= max(retreat, fall - schedule_fall)

@@ -192,7 +192,6 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_no_fast_ramp": _factory(with_constants(SMALL_STEP=0.0)),
     "dart_no_short_run": _factory(with_constants(SHORT_RUN=0.0)),
     "dart_no_tolerance": _factory(with_constants(TOLERANCE=0.0)),
-    "dart_no_long_average": _factory(with_constants(B_TREND=_dart.B1)),
     "dart_no_fall": _factory(with_constants(FALL=0.0)),
     "dart_no_carried_away": _factory(with_constants(carried_away=_nowhere)),
     "dart_no_retreat": _factory(with_constants(retreat=jnp.zeros_like)),
