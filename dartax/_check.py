@@ -195,6 +195,12 @@ def weight_decay(value: Any) -> None:
     )
 
 
+def flag(name: str, value: Any) -> None:
+    """Checks a switch, which cannot be traced."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}; leave it out for False.")
+
+
 def one_of(name: str, value: Any, names: Sequence[str]) -> None:
     """Checks a name out of several."""
     if not isinstance(value, str) or value not in names:

@@ -18,9 +18,10 @@ alone, and makes the smallest one of a block equal ``concentration``.
 
 Growth needs evidence. Let t be the number of hypergradients so far, f the present value of the
 user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
-(``_schedule.py``). Let r_i be the progress of the past steps, which is 1 for a random walk, and
-n_i in [0, 1] the noise of their directions (``_walk.py``). Let z_i be the root mean square of the
-memory, and w_i that of the block's matrices at ``init``. Then
+(``_schedule.py``), or 1 if a mean of the parameters will be evaluated, which does as much. Let r_i
+be the progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of
+their directions (``_walk.py``). Let z_i be the root mean square of the memory, and w_i that of the
+block's matrices at ``init``. Then
 
     ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.025 w_i / rate_i)
     limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
@@ -225,6 +226,7 @@ def scale_by_dart(
     memory_decay: Number = 0.999,
     weight_decay: Number = 0.0,
     mask: Any = None,
+    averaged: bool = False,
     blocks: Labels = None,
     key: jax.Array | int = 0,
     memory_dtype: str = "float32",
@@ -258,6 +260,8 @@ def scale_by_dart(
       weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
         learned rate of its block.
       mask: Tree of bools, or a function from params to one: where the decay applies.
+      averaged: Whether you evaluate a mean of the parameters. It takes noise back as a decay of the
+        rates does, so they may grow as far as under a decay.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
         pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves
         with equal labels share one. ``"channel"`` or ``"element"``: one for every index of a leaf's
@@ -307,6 +311,7 @@ def scale_by_dart(
     _check.floating_dtype("memory_dtype", memory_dtype)
     _check.weight_decay(weight_decay)
     _check.mask(mask)
+    _check.flag("averaged", averaged)
     _check.blocks(blocks, ("tensor", *GRANULARITIES))
     inner = adam() if inner is None else inner
     if isinstance(blocks, str) and blocks in GRANULARITIES:
@@ -326,6 +331,7 @@ def scale_by_dart(
         implementation=implementation,
         weight_decay=weight_decay,
         mask=mask,
+        averaged=averaged,
     )
 
 
@@ -341,6 +347,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     memory_decay: Number = 0.999,
     weight_decay: Number = 0.0,
     mask: Any = None,
+    averaged: bool = False,
     blocks: Labels = None,
     key: jax.Array | int = 0,
     memory_dtype: str = "float32",
@@ -350,8 +357,9 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
 
     There is nothing to tune. If you know the number of steps, pass a decay from 1 to 0 as
     ``learning_rate``: it multiplies the learned rates, and does the most for the final loss. If you
-    do not, leave it out, and evaluate a mean of the parameters, most of it from the last quarter of
-    the steps so far: ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``.
+    do not, pass ``averaged=True`` instead, and evaluate a mean of the parameters, most of it from
+    the last quarter of the steps so far: after every update,
+    ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
@@ -360,6 +368,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
       init_rate: Mean rate of every block at the start; it matters little.
       weight_decay: Decoupled weight decay, in units of the learned rates.
       mask: Tree of bools, or a function from params to one: where the decay applies.
+      averaged: Whether you evaluate a mean of the parameters, as above.
       blocks: Which parameters share a rate; ``None`` is one rate for every leaf. See
         :func:`scale_by_dart` for all arguments.
 
@@ -397,6 +406,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
             memory_decay=memory_decay,
             weight_decay=weight_decay,
             mask=mask,
+            averaged=averaged,
             blocks=blocks,
             key=key,
             memory_dtype=memory_dtype,

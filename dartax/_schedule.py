@@ -16,12 +16,16 @@ GRID = np.unique(np.round(2.0 ** np.arange(0.0, 30.1, 1 / 8)).astype(np.int32))
 ENDED = 1e-3
 
 
+# More updates than are counted.
+FAR = 2.0**31
+
+
 class Ending(NamedTuple):
     """How the user's schedule ends; float32 scalars.
 
     Attributes:
       steps: Updates after which it stays at one value; 0 if it has no end, as for a number or a
-        cyclic schedule.
+        cyclic schedule, and FAR if a mean of the parameters anneals in its place.
       value: That value, or 0.
     """
 
@@ -29,8 +33,13 @@ class Ending(NamedTuple):
     value: Any
 
 
-def ending(learning_rate: optax.ScalarOrSchedule) -> Ending:
-    """Looks ahead on a schedule."""
+def ending(learning_rate: optax.ScalarOrSchedule, averaged: bool = False) -> Ending:
+    """Looks ahead on a schedule.
+
+    A mean of the parameters (``averaged``) does what a decay to 0 does, and has no end.
+    """
+    if averaged:
+        return Ending(jnp.asarray(FAR, jnp.float32), jnp.zeros([], jnp.float32))
     never = Ending(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
     if not callable(learning_rate):
         return never

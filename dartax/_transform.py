@@ -60,6 +60,7 @@ def scale_by_dirichlet(
     implementation: Implementation,
     weight_decay: Number = 0.0,
     mask: Any = None,
+    averaged: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the directions of ``inner`` by rates drawn from a Dirichlet that ``rule`` moves.
 
@@ -78,6 +79,7 @@ def scale_by_dirichlet(
       implementation: ``"plain"`` or ``"fused"``.
       weight_decay: Decoupled; takes the rate of its block.
       mask: Where it applies: a tree of bools, or a function from params to one.
+      averaged: Whether a mean of the parameters is what will be evaluated.
     """
     random.check_key(key)
     _check.one_of("implementation", implementation, ("fused", "plain"))
@@ -111,7 +113,7 @@ def scale_by_dirichlet(
             concentration=concentration,
             moments=Moments(*(per_block() for _ in Moments._fields)),
             walk=_walk.empty_walk(known, num_blocks),
-            schedule=ending(learning_rate),
+            schedule=ending(learning_rate, averaged),
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),

@@ -98,7 +98,7 @@ def dart(
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
     white_noise: tuple[Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9),
-    schedule_steps: float = np.inf,
+    schedule_steps: float = np.inf, averaged: bool = False,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
 
@@ -164,7 +164,7 @@ def dart(
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
             f, last_f = multiplier(t), multiplier(t - 1)
             ends = np.isfinite(schedule_steps) and f > multiplier(schedule_steps)
-            annealing = 1 - multiplier(schedule_steps) / f if ends else 0.0
+            annealing = 1 - multiplier(schedule_steps) / f if ends else float(averaged)
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
             for i in range(K):
                 progress, power, displacement = evidence(i, t)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import dartax
+from dartax._state import VERSION
 
 NAN = float("nan")
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
@@ -70,6 +71,8 @@ def sentence(error):
         ({"memory_decay": None}, TypeError, r"memory_decay must be a number in \[0, 1\), got None"),
         ({"memory_decay": NAN}, ValueError, r"memory_decay must be a number in \[0, 1\), got nan"),
         ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a non-negative number, got '0.1'"),
+        ({"averaged": 1}, TypeError, "averaged must be True or False, got 1; leave it out"),
+        ({"averaged": jnp.asarray(True)}, TypeError, "averaged must be True or False, got Array"),
         ({"mask": 3}, TypeError, "mask must be a tree of bools, .* got the leaf 3; pass e.g."),
         ({"mask": {"w": "yes"}}, TypeError, "mask must be a tree of bools, .* got the leaf 'yes'"),
         ({"mask": {"w": 1.0}}, TypeError, "mask must be a tree of bools, .* got the leaf 1.0"),
@@ -352,7 +355,7 @@ def test_state_of_another_version():
         lambda: dartax.describe(old, params),
     ):
         with pytest.raises(
-            ValueError, match="state must have version 10, got 1 .* call init"
+            ValueError, match=f"state must have version {VERSION}, got 1 .* call init"
         ) as error:
             call()
         sentence(error)

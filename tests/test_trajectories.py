@@ -158,15 +158,18 @@ def test_dart_follows_the_reference(direction, options):
         assert max(blocks) > 1.2 * min(blocks)
 
 
-def test_shared_blocks_follow_the_reference():
+@pytest.mark.parametrize("averaged", [False, True])
+def test_shared_blocks_follow_the_reference(averaged):
     params, noise, gradients = problem(3)
     optimizer = dartax.dart(
         blocks={"a": "outer", "b": "inner", "c": "outer"},
         init_rate=1e-3,
+        averaged=averaged,
         memory_dtype="float32",
     )
-    got = dartax_trajectory(optimizer, params, noise)
-    expected = reference.dart(
+    got = list(dartax_trajectory(optimizer, params, noise))
+    follows = functools.partial(
+        reference.dart,
         params,
         gradients,
         reference.adam(beta2=0.99),
@@ -174,7 +177,9 @@ def test_shared_blocks_follow_the_reference():
         init_rate=1e-3,
         labels={"a": 0, "b": 1, "c": 0},
     )
-    assert_equal_trajectories(got, expected)
+    assert_equal_trajectories(got, follows(averaged=averaged))
+    with pytest.raises(AssertionError, match="Not equal"):
+        assert_equal_trajectories(got, follows(averaged=not averaged))
 
 
 @pytest.mark.one_in(2)
