@@ -38,25 +38,7 @@ class OptimizerConfig:
 
     name: Literal[
         "dart",
-        "dart_frozen",
-        "dart_mean_field",
-        "dart_no_carried_away",
-        "dart_no_evidence",
-        "dart_no_fall",
-        "dart_no_fast_ramp",
-        "dart_no_long_average",
-        "dart_no_power",
-        "dart_no_progress",
-        "dart_no_ratchet",
-        "dart_no_retreat",
-        "dart_no_short_run",
-        "dart_no_slack",
-        "dart_no_surprise",
-        "dart_no_tolerance",
-        "dart_one_rate",
-        "dart_schedule_ignored",
-        "dart_shuffled",
-        "dart_whole_memory",
+        "dart_averaged",
         "paper_dart",
         "adamw",
         "sgd",
@@ -71,8 +53,27 @@ class OptimizerConfig:
         "prodigy",
         "schedule_free_adamw",
         "schedule_free_dart",
+        # Ablations.
+        "dart_frozen",
+        "dart_mean_field",
+        "dart_no_carried_away",
+        "dart_no_evidence",
+        "dart_no_fall",
+        "dart_no_fast_ramp",
+        "dart_no_power",
+        "dart_no_progress",
+        "dart_no_ratchet",
+        "dart_no_retreat",
+        "dart_no_short_run",
+        "dart_no_slack",
+        "dart_no_surprise",
+        "dart_no_tolerance",
+        "dart_one_rate",
+        "dart_schedule_ignored",
+        "dart_shuffled",
+        "dart_whole_memory",
     ] = "dart"
-    """Name of the optimizer."""
+    """Name of the optimizer; those from dart_frozen on are dart without one of its parts."""
     inner: Literal["adam", "optax_adam", "sgd", "momentum", "lion", "muon"] = "adam"
     """Inner transform of dart. The second moment of optax_adam has a longer memory than adam."""
     blocks: Literal["tensor", "channel", "element"] = "tensor"

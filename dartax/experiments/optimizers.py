@@ -1,5 +1,6 @@
 """Builds optax optimizers from their configuration."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +44,7 @@ def schedule_free_dart(key: jax.Array | int = 0) -> optax.GradientTransformation
 
 FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart": dartax.dart,
+    "dart_averaged": functools.partial(dartax.dart, averaged=True),
     "paper_dart": dartax.paper_dart,
     "adamw": optax.adamw,
     "sgd": optax.sgd,
@@ -66,7 +68,7 @@ SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_dart")
 
 def has_rates(name: str) -> bool:
     """Tells whether dartax can read learned rates from the state of the optimizer."""
-    return name in ("dart", "paper_dart", *ablations.FACTORY)
+    return name in ("dart", "dart_averaged", "paper_dart", *ablations.FACTORY)
 
 
 def schedule(
