@@ -14,20 +14,22 @@ and near -1 where they agree on shorter ones. The concentrations move by
     a_i <- a_i + limit_i * clip(s_i + tolerance_i, 0, 1) - fall_i
 
 Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
-alone, and makes the smallest one of a block equal ``concentration``.
+alone, and makes the smallest concentration of all blocks equal ``concentration``.
 
 Growth needs evidence. Let t be the number of hypergradients so far, f the present value of the
-user's schedule, T its length if it ends, and A in [0, 1] the part of f that it will still lose
-(``_schedule.py``), or 1 if a mean of the parameters will be evaluated, which does as much. Let r_i
-be the progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of
-their directions (``_walk.py``). Let z_i be the root mean square of the memory, and w_i that of the
-block's matrices at ``init``. Then
+user's schedule, T its length, and A in [0, 1] the part of f that it will still lose
+(``_schedule.py``). Without an end, A = 0 and A / T = 0. If a mean of the parameters will be
+evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 under any schedule. Let r_i be the
+progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of their
+directions (``_walk.py``). Let rate_i be the mean rate of the block without f, z_i the root mean
+square of its memory, and w_i that of its matrices at ``init``, or the smallest w of other blocks if
+it has none. Then
 
     ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.025 w_i / rate_i)
     limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
-                      min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - annealed)
+                      min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
     astray_i    = n_i * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
@@ -35,14 +37,15 @@ of the loss want shorter steps and the flat ones still longer ones. The schedule
 steps later, which serves the steep ones. On a noisy objective, though, s ends a little below 0 at
 any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
-Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, as the
-optimal rates of noisy problems do. *annealed* is how far log f has just fallen; it counts toward
-that fall. If the schedule will anneal the rate anyway, no fall is needed, unless noise has moved a
-block by more than half the size of its weights.
+Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, up to t^-3.
+*fallen* is how far log f has just fallen; it counts toward that fall. Noise needs no fall if the
+rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than half
+the size of its weights; without any matrix that clip is 1.
 
-Where G_i is more than 10 times its root mean square, a_i drops by log 10 at once: steps that
-diverge leave no time for averages. Whenever a_i falls, the memory of its block shrinks by the same
-factor. Otherwise steps that went too far would keep shrinking a rate that is already corrected.
+Where G_i is more than 10 times the root mean square of the gradients before it, a_i drops by log 10
+in place of the change above: steps that diverge leave no time for averages. Whenever a_i falls, the
+memory of its block shrinks by the same factor (the *ratchet*). Otherwise steps that went too far
+would keep shrinking a rate that is already corrected.
 """
 
 from typing import Any
@@ -66,19 +69,19 @@ from dartax.inner import adam
 # Decays of the gradient's moments. The second is below Adam's 0.999: hypergradients shrink by
 # orders of magnitude as the loss falls, and with 0.999 old large values would keep s near 0.
 B1, B2 = 0.9, 0.99
-# The ramp, which is also the warm-up: a log rate grows by at most GROWTH per update, and by at most
-# RAMP / (1 + t) later on. A run that its schedule shows to be short may grow by SHORT_RUN in all.
+# The ramp, which is also the warm-up: a log rate grows by at most GROWTH per update, later by at
+# most RAMP / (1 + t). A run that its schedule shows to be short may grow by SHORT_RUN in all.
 GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
-# The ramp is steeper while a step with directions of size 1, such as Adam's, changes less than
-# SMALL_STEP of the weights, up to FAST_GROWTH per update.
+# The ramp is steeper than that while a step with directions of size 1, such as Adam's, changes less
+# than SMALL_STEP of the weights: up to FAST_GROWTH per update.
 SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
 # Rates may grow while s is above -TOLERANCE; progress, power and the schedule can reduce this.
 # (Half of this value loses on Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
-# Rates without progress fall as t ** -FALL, and at full speed where s is near -1.
+# Rates fall as t ** -FALL on noise or without progress, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
-# Where a gradient opposes the past steps by this many times its root mean square, the rate is
-# divided by SURPRISE.
+# Where a gradient opposes the past steps by this many times the root mean square of those before
+# it, the rate is divided by SURPRISE.
 SURPRISE = 10.0
 # The largest concentration of a block is at most this many times ``concentration``. At that limit
 # the smallest concentrations fall below ``concentration``.
@@ -105,7 +108,7 @@ def confined(context: Context) -> jax.Array:
 def weight_scale(context: Context) -> jax.Array:
     """Root mean square of the weights of every block, ``[K]``; 0 where nothing is known.
 
-    Blocks of vectors take that of the smallest matrices.
+    A block without matrices takes the smallest value of the others.
     """
     known = context.weight_rms > 0
     smallest = jnp.min(jnp.where(known, context.weight_rms, jnp.inf), initial=jnp.inf)
@@ -144,9 +147,9 @@ def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     needed = jnp.maximum(1 - context.annealing, carried_away(context))
     astray = noise(context.power) * needed
-    limit = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
-    annealed = limit * jnp.maximum(astray, confined(context)) - context.schedule_fall
-    return jnp.maximum(GROWTH * retreat(s), annealed)
+    pace = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
+    still_to_fall = pace * jnp.maximum(astray, confined(context)) - context.schedule_fall
+    return jnp.maximum(GROWTH * retreat(s), still_to_fall)
 
 
 def dart_rule(
@@ -260,8 +263,9 @@ def scale_by_dart(
       weight_decay: Decoupled: ``weight_decay * params`` is added to the direction, and takes the
         learned rate of its block.
       mask: Tree of bools, or a function from params to one: where the decay applies.
-      averaged: Whether you evaluate a mean of the parameters. It takes noise back as a decay of the
-        rates does, so they may grow as far as under a decay.
+      averaged: Set it only if you evaluate a mean of late parameters. That removes noise as a decay
+        to 0 would, so the rates grow further and hardly fall on noise. The end of a schedule is not
+        looked at then. Read at ``init``.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
         pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves
         with equal labels share one. ``"channel"`` or ``"element"``: one for every index of a leaf's
@@ -358,12 +362,14 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     There is nothing to tune. If you know the number of steps, pass a decay from 1 to 0 as
     ``learning_rate``: it multiplies the learned rates, and does the most for the final loss. If you
     do not, pass ``averaged=True`` instead, and evaluate a mean of the parameters, most of it from
-    the last quarter of the steps so far: after every update,
-    ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``.
+    the last quarter of the steps so far. It is yours to keep, beside ``params``: start with
+    ``mean = params``, and after update number ``step``, from 0 on,
+    ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``. If you do neither, leave both
+    out: the rates then fall where the steps follow noise.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
-        that falls also lets them grow further.
+        that falls to an end also lets them grow further.
       inner: Gives the directions; ``None`` is Adam.
       init_rate: Mean rate of every block at the start; it matters little.
       weight_decay: Decoupled weight decay, in units of the learned rates.

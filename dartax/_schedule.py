@@ -24,8 +24,8 @@ class Ending(NamedTuple):
     """How the user's schedule ends; float32 scalars.
 
     Attributes:
-      steps: Updates after which it stays at one value; 0 if it has no end, as for a number or a
-        cyclic schedule, and FAR if a mean of the parameters anneals in its place.
+      steps: Updates after which it stays at one value; 0 if it never does, as for a number or a
+        cyclic schedule; FAR if a mean of the parameters stands for a decay.
       value: That value, or 0.
     """
 
@@ -36,7 +36,8 @@ class Ending(NamedTuple):
 def ending(learning_rate: optax.ScalarOrSchedule, averaged: bool = False) -> Ending:
     """Looks ahead on a schedule.
 
-    A mean of the parameters (``averaged``) does what a decay to 0 does, and has no end.
+    If a mean of the parameters is evaluated (``averaged``), the schedule is not looked at: the mean
+    does what a decay to 0 does whose end is beyond all counts.
     """
     if averaged:
         return Ending(jnp.asarray(FAR, jnp.float32), jnp.zeros([], jnp.float32))

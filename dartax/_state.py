@@ -16,7 +16,7 @@ VERSION = 11
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the blocks' concentrations.
+    """Moving averages of the gradient with respect to the blocks' concentrations, or to their logs.
 
     Attributes:
       hyper_mu: First moment, float32 ``[K]``.
@@ -46,9 +46,9 @@ class ScaleByDartState(NamedTuple):
         because serializers do not know typed keys.
       block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
-      moments: Moving averages of the gradient of their blocks.
+      moments: Moving averages of the gradient with respect to them, of the blocks.
       walk: Lengths of the past steps, and what they would add up to under white noise.
-      schedule: How the user's schedule ends.
+      schedule: How the user's schedule ends, or the mean of the parameters that stands for it.
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.

@@ -103,7 +103,8 @@ def dart(
     """The learning-rate-free form with slack; yields params, concentrations, rates.
 
     ``sample`` is True where a thin memory holds an element. ``white_noise`` is that of Adam.
-    ``multiplier`` falls to its last value in ``schedule_steps``.
+    ``multiplier`` falls to its last value in ``schedule_steps``, which count for nothing if a mean
+    of the parameters is evaluated (``averaged``).
     """
     b1, b2 = 0.9, 0.99
     names = sorted(params)
@@ -163,13 +164,15 @@ def dart(
             s = -m / (1 - b1**t) / root
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
             f, last_f = multiplier(t), multiplier(t - 1)
-            ends = np.isfinite(schedule_steps) and f > multiplier(schedule_steps)
-            annealing = 1 - multiplier(schedule_steps) / f if ends else float(averaged)
+            steps = np.inf if averaged else schedule_steps
+            last = 0.0 if averaged else multiplier(schedule_steps)
+            ends = f > last and (averaged or np.isfinite(steps))
+            annealing = 1 - last / f if ends else 0.0
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
             for i in range(K):
                 progress, power, displacement = evidence(i, t)
                 noise = np.clip(2 - abs(np.log(power)) / 0.3, 0, 1) if power > 0 else 0.0
-                limit = min(max(0.05, 10 * annealing / schedule_steps), 20.0 / (1 + t))
+                limit = min(max(0.05, 10 * annealing / steps), 20.0 / (1 + t))
                 limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)

@@ -288,8 +288,8 @@ def test_an_average_is_evaluated_and_changes_nothing_else(small):
     config = dataclasses.replace(small, optimizers={**small.optimizers, **entrants})
     plain, mean = (compare.run_cell(config, "friedman", name, lambda _: None) for name in entrants)
     assert mean["train_loss"] == plain["train_loss"]
-    # An average over few steps lags behind.
-    assert np.all(np.array(mean["test_loss"]) > np.array(plain["test_loss"]))
+    # While the loss falls fast, an average lags behind.
+    assert np.all(np.array(mean["test_loss"])[..., :2] > np.array(plain["test_loss"])[..., :2])
     assert "average" not in plain["specification"]["optimizer"]
 
 

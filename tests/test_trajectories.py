@@ -128,6 +128,7 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
         {"memory_decay": 0.0, "init_rate": 1e-3},
         {"memory_decay": 0.9, "init_rate": 0.1},  # high enough for rates that part and retreat
         {"weight_decay": 0.1, "min_rate": 1e-4, "rate_budget": 0.5, "init_rate": 1e-2},
+        {"averaged": True},
     ],
 )
 def test_dart_follows_the_reference(direction, options):
