@@ -30,7 +30,7 @@ it has none. Then
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
-    astray_i    = n_i * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
+    astray_i    = n_i * clip(3 - r_i, 0, 1) * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
 of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
@@ -80,6 +80,9 @@ SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
 TOLERANCE = 0.3
 # Rates fall as t ** -FALL on noise or without progress, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
+# Steps of more progress than this are no noise. Without momentum in the inner transform all
+# directions have the size of noise, and progress alone tells.
+SIGNAL = 3.0
 # Where a gradient opposes the past steps by this many times the root mean square of those before
 # it, the rate is divided by SURPRISE.
 SURPRISE = 10.0
@@ -146,7 +149,8 @@ def retreat(s: jax.Array) -> jax.Array:
 def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     needed = jnp.maximum(1 - context.annealing, carried_away(context))
-    astray = noise(context.power) * needed
+    wanders = noise(context.power) * jnp.clip(SIGNAL - context.progress, 0.0, 1.0)
+    astray = wanders * needed
     pace = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     still_to_fall = pace * jnp.maximum(astray, confined(context)) - context.schedule_fall
     return jnp.maximum(GROWTH * retreat(s), still_to_fall)

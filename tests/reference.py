@@ -177,7 +177,7 @@ def dart(
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
                 carried_away = np.clip(4 * displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
-                astray = noise * max(1 - annealing, carried_away)
+                astray = noise * np.clip(3 - progress, 0, 1) * max(1 - annealing, carried_away)
                 confined = max(1 - 2 * progress, 0)
                 change = limit * np.clip(s[i] + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
