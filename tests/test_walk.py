@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import dartax
-from dartax import _probe, _walk
+from dartax import _dart, _probe, _walk
+from dartax._rule import Context
 
 ADAM = (1.0, 0.9, 0.1 / 1.9)
 PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
@@ -139,3 +140,25 @@ def test_lengths_that_overflow_leave_the_walk_finite():
     for keep in (1.0, 1.0, 0.0):
         walk = _walk.advance(walk, jnp.full(3, keep), jnp.full(3, 1e30), huge, np.ones(3, "f"))
         assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(walk))
+
+
+def test_noise_takes_a_rate_back_and_progress_keeps_it():
+    progress = jnp.array([1.0, 2.5, 4.0])
+    one, zero = jnp.ones([]), jnp.zeros([])
+    context = Context(
+        num=jnp.asarray(9),
+        weight_rms=jnp.ones(3),
+        displacement=jnp.zeros(3),
+        progress=progress,
+        power=jnp.ones(3),  # the size of white noise
+        schedule_steps=zero,
+        schedule_fall=zero,
+        annealing=zero,
+    )
+    full = _dart.GROWTH * jnp.array([1.0, 0.5, 0.0])
+    np.testing.assert_allclose(_dart.fall(jnp.zeros(3), context), full, atol=1e-6)
+    # What will be annealed falls only where noise has carried the block away.
+    context = context._replace(annealing=one, displacement=jnp.array([0.1, 1.0, 1.0]))
+    np.testing.assert_allclose(
+        _dart.fall(jnp.zeros(3), context), full * jnp.array([0.0, 1.0, 1.0]), atol=1e-6
+    )
