@@ -149,8 +149,7 @@ def retreat(s: jax.Array) -> jax.Array:
 def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     needed = jnp.maximum(1 - context.annealing, carried_away(context))
-    wanders = noise(context.power) * jnp.clip(SIGNAL - context.progress, 0.0, 1.0)
-    astray = wanders * needed
+    astray = noise(context.power) * jnp.clip(SIGNAL - context.progress, 0.0, 1.0) * needed
     pace = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     still_to_fall = pace * jnp.maximum(astray, confined(context)) - context.schedule_fall
     return jnp.maximum(GROWTH * retreat(s), still_to_fall)

@@ -14,8 +14,6 @@ from dartax._averages import f32
 GRID = np.unique(np.round(2.0 ** np.arange(0.0, 30.1, 1 / 8)).astype(np.int32))
 # A schedule has ended where it stays this close to its last value, relative to its greatest.
 ENDED = 1e-3
-
-
 # More updates than are counted.
 FAR = 2.0**31
 
