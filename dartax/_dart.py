@@ -62,7 +62,6 @@ from dartax._rule import Context, Rule
 from dartax._schedule import greatest
 from dartax._state import Moments
 from dartax._transform import Implementation, scale_by_dirichlet
-from dartax._walk import noise
 from dartax.contrib import GRANULARITIES, scale_by_shares
 from dartax.inner import adam
 
@@ -80,8 +79,7 @@ SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
 TOLERANCE = 0.3
 # Rates fall as t ** -FALL on noise or without progress, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
-# Steps of more progress than this are no noise. Without momentum in the inner transform all
-# directions have the size of noise, and progress alone tells.
+# Steps of more progress than this are no noise. Around Lion, Muon or SGD progress alone tells.
 SIGNAL = 3.0
 # Where a gradient opposes the past steps by this many times the root mean square of those before
 # it, the rate is divided by SURPRISE.
@@ -131,7 +129,7 @@ def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
 def tolerance(context: Context) -> jax.Array:
     """How far s may be below 0 while the rates still grow, ``[K]``."""
     evidence = jnp.clip(2 * context.progress - 1, 0.0, 1.0)
-    return TOLERANCE * context.annealing * (1 - noise(context.power)) * evidence
+    return TOLERANCE * context.annealing * (1 - context.noise) * evidence
 
 
 def carried_away(context: Context) -> jax.Array:
@@ -149,7 +147,7 @@ def retreat(s: jax.Array) -> jax.Array:
 def fall(s: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations fall in this update, ``[K]``."""
     needed = jnp.maximum(1 - context.annealing, carried_away(context))
-    astray = noise(context.power) * jnp.clip(SIGNAL - context.progress, 0.0, 1.0) * needed
+    astray = context.noise * jnp.clip(SIGNAL - context.progress, 0.0, 1.0) * needed
     pace = jnp.minimum(GROWTH, FALL / (1 + f32(context.num)))
     still_to_fall = pace * jnp.maximum(astray, confined(context)) - context.schedule_fall
     return jnp.maximum(GROWTH * retreat(s), still_to_fall)

@@ -22,7 +22,7 @@ class Context(NamedTuple):
       displacement: Root mean square of the elements of the memory, how far the past steps moved
         them, ``[K]``.
       progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
-      power: Mean square of their directions over that under white noise, ``[K]``.
+      noise: How much their directions look like white noise, ``[K]`` in [0, 1].
       schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
         not. float32 scalar, as the others.
       schedule_fall: How far the logarithm of the schedule has fallen since the last update.
@@ -33,7 +33,7 @@ class Context(NamedTuple):
     weight_rms: jax.Array
     displacement: jax.Array
     progress: jax.Array
-    power: jax.Array
+    noise: jax.Array
     schedule_steps: jax.Array
     schedule_fall: jax.Array
     annealing: jax.Array
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
         concentration and moments, and to the factor of the memory of past steps, ``[K]`` in
         [0, 1].
       in_log_space: Whether the hypergradient is with respect to log pi, not to the rates.
-      uses_walk: Whether it looks at progress and power.
+      uses_walk: Whether it looks at progress and noise.
     """
 
     init: Callable[[int], jax.Array]
@@ -78,7 +78,7 @@ def context_of(
         weight_rms=state.weight_rms,
         displacement=root(length / np.maximum(sizes, 1)),
         progress=_walk.progress(state.walk, length),
-        power=_walk.power(state.walk, num),
+        noise=_walk.noise(state.walk, num),
         schedule_steps=state.schedule.steps,
         schedule_fall=fallen(state.last_multiplier, multiplier),
         annealing=annealing(state.schedule, multiplier),

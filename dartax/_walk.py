@@ -24,9 +24,12 @@ valley cancel, and give less:
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
 For about 50 updates with b1 = 0.9 the inner transform's averages hold too few gradients for noise
-to cancel: power is above 1, and nothing is taken for noise yet. If directions have the same size
-whatever the gradients do, as their signs have, or a size that depends on the scale of the loss,
-power says nothing, and noise is 0.
+to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where directions
+have the same size whatever the gradients do, as their signs and Muon's have, or a size that depends
+on the scale of the loss. Then everything may be noise, once as many updates are over, and progress
+alone tells:
+
+    noise_i = clip(t / UNTOLD - 1, 0, 1)
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
@@ -42,6 +45,9 @@ from dartax._averages import root
 POWER_DECAY = 0.95
 # Power counts fully as noise while |log power| is below this, and not at all from twice this on.
 NOISE_WIDTH = 0.3
+# Where power says nothing, nothing counts as noise for so many updates, and from twice this on
+# everything. Earlier, steps that agree have no more progress than a free walk of averages.
+UNTOLD = 25
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15
 
@@ -91,21 +97,23 @@ def progress(walk: Walk, length: jax.Array) -> jax.Array:
 
 
 def power(walk: Walk, num: jax.Array) -> jax.Array:
-    """Mean square of the directions over that under white noise, ``[K]``; 0 where it says nothing.
+    """Mean square of the directions over that under white noise, ``[K]``; 0 where unknown.
 
     ``num`` is how many updates the average holds.
     """
     average = walk.power / (1 - POWER_DECAY ** jnp.maximum(num, 1).astype(jnp.float32))
     white = walk.white_noise.power
-    known = (white > 0) & (num > 0) & jnp.isfinite(average)
-    return jnp.where(known, average / jnp.where(known, white, 1.0), 0.0)
+    return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
 
 
-def noise(power: jax.Array) -> jax.Array:
-    """How much directions of this power look like those of white noise, in [0, 1]."""
-    positive = power > 0
-    distance = jnp.abs(jnp.log(jnp.where(positive, power, 1.0)))
-    return jnp.where(positive, jnp.clip(2 - distance / NOISE_WIDTH, 0.0, 1.0), 0.0)
+def noise(walk: Walk, num: jax.Array) -> jax.Array:
+    """How much the directions look like white noise, ``[K]`` in [0, 1]."""
+    ratio = power(walk, num)
+    moves = ratio > 0  # directions that are all 0 are no noise
+    distance = jnp.abs(jnp.log(jnp.where(moves, ratio, 1.0)))
+    told = jnp.where(moves, 2 - distance / NOISE_WIDTH, 0.0)
+    untold = num.astype(jnp.float32) / UNTOLD - 1
+    return jnp.clip(jnp.where(walk.white_noise.power > 0, told, untold), 0.0, 1.0)
 
 
 def advance(

@@ -138,14 +138,18 @@ def dart(
         return left @ correlation @ left
 
     def evidence(i, t):
-        """Progress and power of a block, and the mean square of its memory."""
+        """Progress and noise of a block, and the mean square of its memory."""
         members = [name for name in names if labels[name] == i]
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
         weights = 0.05 * 0.95 ** np.arange(t)[::-1]
         power = np.sum(weights * powers[i]) / np.sum(weights)
-        power = power / white_power[i] if white_power[i] else 0.0
+        if white_power[i]:
+            with np.errstate(divide="ignore"):
+                noise = np.clip(2 - abs(np.log(power / white_power[i])) / 0.3, 0, 1)
+        else:
+            noise = np.clip(t / 25 - 1, 0, 1)
         size = sum(kept_part(z[name], name).size for name in members)
-        return length / free_walk(i), power, length / size
+        return length / free_walk(i), noise, length / size
 
     pi = l = np.zeros(K + 1)
     for t, gradient_of in enumerate(gradients):
@@ -170,8 +174,7 @@ def dart(
             annealing = 1 - last / f if ends else 0.0
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
             for i in range(K):
-                progress, power, displacement = evidence(i, t)
-                noise = np.clip(2 - abs(np.log(power)) / 0.3, 0, 1) if power > 0 else 0.0
+                progress, noise, displacement = evidence(i, t)
                 limit = min(max(0.05, 10 * annealing / steps), 20.0 / (1 + t))
                 limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
                 limit *= np.clip(2 * progress, 0, 1)

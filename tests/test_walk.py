@@ -94,7 +94,8 @@ def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
     start = (jnp.zeros(4000), jnp.zeros(4000), walk, inner.init(params))
     (_, memory, walk, _), _ = jax.lax.scan(step, start, jnp.arange(steps))
     progress = _walk.progress(walk, jnp.sum(memory**2)[None])
-    return float(progress[0]), float(_walk.power(walk, jnp.asarray(steps))[0])
+    power, noise = (f(walk, jnp.asarray(steps))[0] for f in (_walk.power, _walk.noise))
+    return float(progress[0]), float(power), float(noise)
 
 
 @pytest.mark.parametrize(
@@ -103,21 +104,21 @@ def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
     ids=["constant", "falling", "growing"],
 )
 def test_a_free_walk_has_a_progress_of_one(rate):
-    progress, power = run(lambda x, key: jax.random.normal(key, x.shape), rate=rate)
+    progress, power, noise = run(lambda x, key: jax.random.normal(key, x.shape), rate=rate)
     assert progress == pytest.approx(1.0, abs=0.12)
     assert power == pytest.approx(1.0, abs=0.1)
-    assert _walk.noise(power) > 0.5
+    assert noise > 0.5
 
 
 def test_steps_that_agree_have_more_progress_and_power():
-    progress, power = run(lambda x, key: 1.0 + 0.1 * jax.random.normal(key, x.shape))
+    progress, power, noise = run(lambda x, key: 1.0 + 0.1 * jax.random.normal(key, x.shape))
     assert progress > 20
     assert power == pytest.approx(19.0, rel=0.05)
-    assert _walk.noise(power) < 0.01
+    assert noise == 0
 
 
 def test_steps_in_a_narrow_valley_have_none():
-    progress, power = run(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape))
+    progress, power, _ = run(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape))
     assert progress < 0.1
     assert power < 1.5
 
@@ -127,10 +128,18 @@ def test_nothing_is_known_before_the_first_step():
     walk = _walk.empty_walk(known, 3)
     np.testing.assert_array_equal(_walk.progress(walk, jnp.zeros(3)), np.ones(3))
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(0)), np.zeros(3))
-    assert _walk.noise(jnp.zeros(())) == 0
+    np.testing.assert_array_equal(_walk.noise(walk, jnp.asarray(0)), np.zeros(3))
     # Overflow says nothing either.
     walk = walk._replace(free=jnp.array([1.0, jnp.inf, 1.0]))
     assert _walk.progress(walk, jnp.array([jnp.inf, 1.0, 4.0])).tolist() == [1.0, 1.0, 4.0]
+
+
+def test_where_power_says_nothing_noise_is_assumed_after_a_while():
+    walk = _walk.empty_walk(_walk.WhiteNoise(), 2)
+    np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(9)), np.zeros(2))
+    num, expected = jnp.array([0, 25, 40, 50, 1000]), [0.0, 0.0, 0.6, 1.0, 1.0]
+    found = jax.vmap(lambda n: _walk.noise(walk, n))(num)
+    np.testing.assert_allclose(found, np.broadcast_to(expected, (2, 5)).T, atol=1e-6)
 
 
 def test_lengths_that_overflow_leave_the_walk_finite():
@@ -150,7 +159,7 @@ def test_noise_takes_a_rate_back_and_progress_keeps_it():
         weight_rms=jnp.ones(3),
         displacement=jnp.zeros(3),
         progress=progress,
-        power=jnp.ones(3),  # the size of white noise
+        noise=jnp.ones(3),
         schedule_steps=zero,
         schedule_fall=zero,
         annealing=zero,

@@ -58,19 +58,19 @@ def no_progress(rule: Rule) -> Rule:
 
 
 def no_power(rule: Rule) -> Rule:
-    """Does not tell noise from signal and bouncing by the size of the directions."""
+    """Takes nothing for noise, whatever the size of the directions."""
 
     def learn(current, draw, h, moments, context):
-        return rule.learn(current, draw, h, moments, context._replace(power=jnp.zeros_like(h)))
+        return rule.learn(current, draw, h, moments, context._replace(noise=jnp.zeros_like(h)))
 
     return rule._replace(learn=learn)
 
 
 def no_evidence(rule: Rule) -> Rule:
-    """Ignores progress and power: rates grow unless the hypergradient objects, and seldom fall."""
+    """Ignores progress and noise: rates grow unless the hypergradient objects, and seldom fall."""
 
     def learn(current, draw, h, moments, context):
-        most = context._replace(progress=jnp.full_like(h, 1.5), power=jnp.zeros_like(h))
+        most = context._replace(progress=jnp.full_like(h, 1.5), noise=jnp.zeros_like(h))
         return rule.learn(current, draw, h, moments, most)
 
     return rule._replace(learn=learn)
