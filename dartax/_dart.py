@@ -170,7 +170,9 @@ def dart_rule(
 
     def learn(current, draw, h, moments, context):
         num = context.num
-        gradient = log_concentration_gradient(draw, h)
+        # Where h_i has always been 0, G_i is 0 too: its other term says only what the others want.
+        heard = (h != 0) | (moments.hyper_nu > 0)
+        gradient = jnp.where(heard, log_concentration_gradient(draw, h), 0.0)
         mu = moving_average(moments.hyper_mu, gradient, B1)
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
 

@@ -99,7 +99,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
 
     The directions of two opposite gradients are subtracted, which leaves out whatever does not
     depend on the gradient, such as decayed weights. Where that fails, directions are taken to be as
-    independent as the gradients.
+    independent as the gradients, and their size to say nothing.
 
     Returns:
       NumPy arrays, with one value for each of the n leaves.
@@ -121,6 +121,8 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
         small = [part.reshape(shape).astype(jnp.result_type(leaf)) for part, shape, leaf in rows]
         return jax.tree.unflatten(structure, small)
 
+    one = jnp.ones([])  # a loss, for those who ask for it
+
     def trial(noise_scale: jax.Array, signal: jax.Array, draws: jax.Array) -> jax.Array:
         """For every leaf, the mean products of directions 0 and LAGS steps apart."""
         start = tree_of(draws[0])
@@ -129,7 +131,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
             found = []
             for sign, state in zip((1, -1), states, strict=True):
                 gradient = tree_of(sign * (noise_scale * numbers + signal))
-                direction, state = inner.update(gradient, state, start)
+                direction, state = inner.update(gradient, state, start, value=one, grad=gradient)
                 flat = [jnp.asarray(u, jnp.float32).ravel() for u in jax.tree.leaves(direction)]
                 found.append((state, jnp.concatenate(flat)))
             (up, u), (down, v) = found

@@ -121,6 +121,7 @@ def dart(
     slack = concentration * ((rate_budget - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
     m, v = np.zeros(K), np.zeros(K)
+    heard = np.zeros(K, bool)  # whether h_i has ever differed from 0
     z = {name: np.zeros_like(params[name]) for name in names}
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
@@ -160,7 +161,8 @@ def dart(
             for name in names:
                 products = kept_part(g[name] * z[name], name)
                 h[labels[name]] -= g[name].size / products.size * np.sum(products)
-            grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
+            heard |= h != 0
+            grad = heard * np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
             m = b1 * m + (1 - b1) * grad
             usual = np.sqrt(v / (1 - b2 ** max(t - 1, 1)))
             v = b2 * v + (1 - b2) * grad**2

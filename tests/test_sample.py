@@ -211,6 +211,33 @@ def test_few_rows_with_gradients_are_found(shape, live, inner, weight_decay):
     assert np.all(optax.tree.get(state, "skipped") == 0)
 
 
+def test_few_rows_with_gradients_are_found_beside_other_blocks():
+    # Both tables start without a hypergradient, while that of the layer is not 0.
+    live, optimizer = jnp.asarray([12_345]), dartax.dart()
+    tables = {name: jnp.zeros((20_000, 32)).at[live].set(1.0) for name in ("table", "other")}
+    params = {**tables, "layer": jnp.ones((8, 8)), "unused": jnp.ones(8)}
+
+    def loss(params):
+        rows = jnp.concatenate([params["table"][live], params["other"][live]])
+        return jnp.sum((rows - 3.0) ** 2) + jnp.sum((params["layer"] + 1.0) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    after, state = params, optimizer.init(params)
+    first = np.asarray(optax.tree.get(state, "concentration"))
+    for _ in range(400):
+        after, state = step(after, state)
+    assert loss(after) < 1e-2 * loss(params)
+    # A block without gradients does not move. (Its share falls where others spend the budget.)
+    np.testing.assert_array_equal(after["unused"], params["unused"])
+    shares = optax.tree.get(state, "concentration")
+    shares, first = shares / jnp.sum(shares), first / np.sum(first)
+    assert 0.5 * first[3] < shares[3] <= first[3]
+
+
 def test_a_sample_with_gradients_stays(monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
     optimizer = dartax.dart()

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from dartax import _dart
-from dartax._averages import Number, debias, f32
+from dartax._averages import Number
 from dartax._draw import Draw
 from dartax._rule import Context, Rule
-from dartax._state import Moments
 from dartax._transform import scale_by_dirichlet
 from dartax.inner import adam
 
@@ -102,25 +101,11 @@ def with_constants(**constants: Any) -> Callable[[Rule], Rule]:
     return change
 
 
-def _moves(moments: Moments, num: jax.Array) -> jax.Array:
-    """Returns s, the short average divided by the root of the second moment; ``[K]``."""
-    root = jnp.sqrt(debias(moments.hyper_nu, _dart.B2, num))
-    s = -debias(moments.hyper_mu, _dart.B1, num) / jnp.where(root > 0, root, 1.0)
-    return jnp.where(root > 0, jnp.clip(s, -1.0, 1.0), 0.0)
-
-
 def no_ratchet(rule: Rule) -> Rule:
-    """Lets rates shrink as fast as they grow."""
+    """Leaves the memory as it is where a rate falls."""
 
     def learn(current, draw, h, moments, context):
-        _, moments, _ = rule.learn(current, draw, h, moments, context)
-        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + context.num)) * _moves(
-            moments, context.num
-        )
-        moved = current * jnp.exp(jnp.append(change, 0.0))
-        # The smallest concentration of a block sets the spread of the draws: keep it constant.
-        moved *= jnp.min(current[:-1]) / jnp.min(moved[:-1])
-        moved = jnp.clip(moved, _dart.MIN_CONCENTRATION, _dart.MAX_CONCENTRATION)
+        moved, moments, _ = rule.learn(current, draw, h, moments, context)
         return moved, moments, jnp.ones_like(h)
 
     return rule._replace(learn=learn)
@@ -136,10 +121,10 @@ def no_slack(rule: Rule) -> Rule:
         # The rule expects the slack: pass one that is too small to matter.
         padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
         _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, context)
-        s = _moves(moments, context.num)
-        change = jnp.minimum(_dart.GROWTH, _dart.RAMP / f32(1 + context.num)) * (s - jnp.mean(s))
-        moved = current * jnp.exp(change)
-        return jnp.clip(moved, _dart.MIN_CONCENTRATION, 1e6), moments, jnp.ones_like(h)
+        change = moments.hyper_change - jnp.mean(moments.hyper_change)
+        moments = moments._replace(hyper_change=change)
+        moved = jnp.clip(current * jnp.exp(change), _dart.MIN_CONCENTRATION, 1e6)
+        return moved, moments, jnp.minimum(jnp.exp(change), 1.0)
 
     return rule._replace(init=init, learn=learn)
 
