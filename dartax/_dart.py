@@ -74,7 +74,7 @@ GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
 # The ramp is steeper than that while a step with directions of size 1, such as Adam's, changes less
 # than SMALL_STEP of the weights: up to FAST_GROWTH per update.
 SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
-# Rates may grow while s is above -TOLERANCE; progress, power and the schedule can reduce this.
+# Rates may grow while s is above -TOLERANCE; progress, noise and the schedule can reduce this.
 # (Half of this value loses on Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
 # Rates fall as t ** -FALL on noise or without progress, and at full speed where s is near -1.

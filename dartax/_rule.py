@@ -22,7 +22,7 @@ class Context(NamedTuple):
       displacement: Root mean square of the elements of the memory, how far the past steps moved
         them, ``[K]``.
       progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
-      noise: How much their directions look like white noise, ``[K]`` in [0, 1].
+      noise: How much their directions count as white noise, ``[K]`` in [0, 1].
       schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
         not. float32 scalar, as the others.
       schedule_fall: How far the logarithm of the schedule has fallen since the last update.

@@ -23,11 +23,11 @@ valley cancel, and give less:
     power_i = (mean square of u_i, averaged over about 20 updates) / p
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
-For about 50 updates with b1 = 0.9 the inner transform's averages hold too few gradients for noise
-to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where directions
-have the same size whatever the gradients do, as their signs and Muon's have, or a size that depends
-on the scale of the loss. Then everything may be noise, once as many updates are over, and progress
-alone tells:
+In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
+noise to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where
+directions have the same size whatever the gradients do, as their signs and Muon's have, or a size
+that depends on the scale of the loss. There everything may be noise after as many updates, and
+progress alone tells. With t hypergradients so far,
 
     noise_i = clip(t / UNTOLD - 1, 0, 1)
 
@@ -107,7 +107,7 @@ def power(walk: Walk, num: jax.Array) -> jax.Array:
 
 
 def noise(walk: Walk, num: jax.Array) -> jax.Array:
-    """How much the directions look like white noise, ``[K]`` in [0, 1]."""
+    """How much the directions count as white noise, ``[K]`` in [0, 1]."""
     ratio = power(walk, num)
     moves = ratio > 0  # directions that are all 0 are no noise
     distance = jnp.abs(jnp.log(jnp.where(moves, ratio, 1.0)))

@@ -76,7 +76,7 @@ def test_what_cannot_be_measured_counts_as_independent():
 
 
 def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
-    """Progress and power after steps of Adam's directions, for 4,000 elements."""
+    """Progress, power and noise after steps of Adam's directions, for 4,000 elements."""
     inner = dartax.inner.adam(b2=0.99)
     params = {"x": jnp.zeros(4000)}
     walk = _walk.empty_walk(_probe.white_noise(inner, params, (0,), 1), 1)

@@ -57,7 +57,7 @@ def no_progress(rule: Rule) -> Rule:
 
 
 def no_power(rule: Rule) -> Rule:
-    """Takes nothing for noise, whatever the size of the directions."""
+    """Takes nothing for noise."""
 
     def learn(current, draw, h, moments, context):
         return rule.learn(current, draw, h, moments, context._replace(noise=jnp.zeros_like(h)))
