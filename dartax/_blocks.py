@@ -261,12 +261,18 @@ def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax
     return jnp.minimum(root(squares / np.maximum(sizes, 1)), LARGEST_ROOT)
 
 
-def blind(num: jax.Array, h: jax.Array, squares: jax.Array, nu: jax.Array) -> jax.Array:
+def blind(
+    count: jax.Array, num: jax.Array, squares: jax.Array, is_sampled: np.ndarray
+) -> jax.Array:
     """Whether a block has gradients but has never had a hypergradient, bool ``[K]``.
 
-    ``squares`` are those of the gradient, ``nu`` is the second moment of hypergradients so far.
+    Its sample probably lies in rows without gradients, as most rows of an embedding table are. So
+    the block forgets its memory, and its samples move on by one row.
 
-    Such a block's sample probably lies in rows without gradients, as most rows of an embedding
-    table are. So the block forgets its memory, and its samples move on by one row.
+    Args:
+      count: Updates so far.
+      num: Hypergradients of every block so far that were not 0, ``[K]``.
+      squares: Sum of the squares of its gradient, ``[K]``.
+      is_sampled: Whether its memory leaves elements out, ``[K]``.
     """
-    return (num > 0) & (squares > 0) & (h == 0) & (nu == 0)
+    return (count > 0) & (num == 0) & (squares > 0) & is_sampled

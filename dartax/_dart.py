@@ -16,7 +16,8 @@ and near -1 where they agree on shorter ones. The concentrations move by
 Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
 alone, and makes the smallest concentration of all blocks equal ``concentration``.
 
-Growth needs evidence. Let t be the number of hypergradients so far, f the present value of the
+A block learns only where h_i is not 0, for elsewhere G_i is what the others want. Growth needs
+evidence. Let t_i be the number of the block's hypergradients so far, f the present value of the
 user's schedule, T its length, and A in [0, 1] the part of f that it will still lose
 (``_schedule.py``). Without an end, A = 0 and A / T = 0. If a mean of the parameters will be
 evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 under any schedule. Let r_i be the
@@ -25,11 +26,11 @@ directions (``_walk.py``). Let rate_i be the mean rate of the block without f, z
 square of its memory, and w_i that of its matrices at ``init``, or the smallest w of other blocks if
 it has none. Then
 
-    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t)) * max(1, 0.025 w_i / rate_i)
+    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t_i)) * max(1, 0.025 w_i / rate_i)
     limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
-                      min(0.05, 3 / (1 + t)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
+                      min(0.05, 3 / (1 + t_i)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
     astray_i    = n_i * clip(3 - r_i, 0, 1) * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
@@ -37,10 +38,10 @@ of the loss want shorter steps and the flat ones still longer ones. The schedule
 steps later, which serves the steep ones. On a noisy objective, though, s ends a little below 0 at
 any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
-Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t, up to t^-3.
-*fallen* is how far log f has just fallen; it counts toward that fall. Noise needs no fall if the
-rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than half
-the size of its weights; without any matrix that clip is 1.
+Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t_i, up to the
+third. *fallen* is how far log f has just fallen; it counts toward that fall. Noise needs no fall if
+the rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than
+half the size of its weights; without any matrix that clip is 1.
 
 Where G_i is more than 10 times the root mean square of the gradients before it, a_i drops by log 10
 in place of the change above: steps that diverge leave no time for averages. Whenever a_i falls, the
@@ -170,16 +171,15 @@ def dart_rule(
 
     def learn(current, draw, h, moments, context):
         num = context.num
-        # Where h_i has always been 0, G_i is 0 too: its other term says only what the others want.
-        heard = (h != 0) | (moments.hyper_nu > 0)
-        gradient = jnp.where(heard, log_concentration_gradient(draw, h), 0.0)
+        gradient = log_concentration_gradient(draw, h)
         mu = moving_average(moments.hyper_mu, gradient, B1)
         nu = moving_average(moments.hyper_nu, gradient**2, B2)
 
-        # A block that has seen no gradient yet does not move.
+        # Without a hypergradient of its own a block learns nothing.
+        heard = (h != 0) & (nu > 0)
+        mu, nu = jnp.where(heard, mu, moments.hyper_mu), jnp.where(heard, nu, moments.hyper_nu)
         size = root(debias(nu, B2, num))
-        seen = size > 0
-        inverse_size = jnp.where(seen, 1 / jnp.where(seen, size, 1.0), 0.0)
+        inverse_size = jnp.where(heard, 1 / jnp.where(heard, size, 1.0), 0.0)
         s = -debias(mu, B1, num) * inverse_size
 
         share = current[:-1] / jnp.sum(current)
@@ -189,7 +189,7 @@ def dart_rule(
         usual = root(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)
-        change = jnp.where(seen, change, 0.0)
+        change = jnp.where(heard, change, 0.0)
         factor = jnp.exp(change)
         moved = current * jnp.append(factor, 1.0)
 
@@ -251,7 +251,8 @@ def scale_by_dart(
         of the gradient. ``None`` is ``dartax.inner.adam(b2=0.99)``; ``optax.identity()`` is SGD. A
         step costs less around ``adam``, ``momentum`` and ``lion`` of ``dartax.inner`` than around
         those of optax; with Adam, less than half.
-      learning_rate: Float or optax schedule that multiplies the learned rates.
+      learning_rate: Float or optax schedule that multiplies the learned rates. Under
+        ``optax.inject_hyperparams``, name a schedule in ``static_args``, or its end is not seen.
       init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K blocks.
         It matters little from 1e-8 to 1e-4: the rates grow tenfold in 3 updates while the steps are
         tiny beside the weights, and tenfold in 50 later on.

@@ -47,6 +47,7 @@ class Block(NamedTuple):
       num: Number of gradients that have judged a rate so far.
       hypergradient: The last hypergradient.
       share: Mean share of the budget.
+      equal_share: What it would be if all blocks had the same.
       relative_std: Standard deviation of the share over its mean.
       lift: Mean rate over ``min_rate``, less one.
       concentration: Concentration of the block.
@@ -64,6 +65,7 @@ class Block(NamedTuple):
     num: int
     hypergradient: float
     share: float
+    equal_share: float
     relative_std: float
     lift: float
     concentration: float
@@ -84,7 +86,9 @@ def _no_signal(block: Block) -> bool:
 def _at_max(block: Block) -> bool:
     if block.slack is None:
         return block.share > 1 - NEAR or block.concentration >= _paper_dart.MAX_ALPHA
-    spends = block.share > 1 - NEAR or block.slack < NEAR < block.share
+    spends = block.share > 1 - NEAR or (
+        block.slack < NEAR and block.share > NEAR * block.equal_share
+    )
     # Noise can carry a rate there as well, and a larger budget would then do harm.
     return spends and block.needed
 
@@ -127,18 +131,20 @@ def health(block: Block) -> str:
 
 def _signal(state: ScaleByDartState) -> np.ndarray:
     """The s by which the last update moved the concentration of every block."""
-    num = state.count - state.skipped - 1
     root = _gradient_size(state)
     inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
-    return -np.asarray(debias(state.moments.hyper_mu, _dart.B1, num)) * inverse_root
+    return -np.asarray(debias(state.moments.hyper_mu, _dart.B1, _num(state))) * inverse_root
 
 
 def _gradient_size(state: ScaleByDartState) -> np.ndarray:
     """Root mean square of the gradients of every block's concentration."""
     decay = _dart.B2 if _has_slack(state) else _paper_dart.B2
-    return np.sqrt(
-        np.asarray(debias(state.moments.hyper_nu, decay, state.count - state.skipped - 1))
-    )
+    return np.sqrt(np.asarray(debias(state.moments.hyper_nu, decay, _num(state))))
+
+
+def _num(state: ScaleByDartState) -> jax.Array:
+    """How many gradients the moments hold."""
+    return state.hyper_count if _has_slack(state) else state.count - state.skipped - 1
 
 
 def _needed(state: ScaleByDartState) -> np.ndarray:
@@ -183,4 +189,8 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
     num = max(int(state.count - state.skipped) - 1, 0)
     slack = 1 - float(np.sum(share)) if _has_slack(state) else None
     rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
-    return [Block(num=num, slack=slack, **dict(zip(columns, row, strict=True))) for row in rows]
+    equal = 1 / max(share.size, 1)
+    return [
+        Block(num=num, slack=slack, equal_share=equal, **dict(zip(columns, row, strict=True)))
+        for row in rows
+    ]

@@ -62,7 +62,7 @@ def paper_rule(
         gradient = f32(budget) * concentration_gradient(draw, concentration, h)
         mu = moving_average(moments.hyper_mu, gradient, b1)
         nu = moving_average(moments.hyper_nu, gradient**2, b2)
-        num = context.num
+        num = context.updates
         step = f32(eta) * debias(mu, b1, num) / (root(debias(nu, b2, num)) + f32(eps))
         concentration = jnp.clip(concentration - step, MIN_ALPHA, MAX_ALPHA)
         return concentration, moments._replace(hyper_mu=mu, hyper_nu=nu), jnp.ones_like(h)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dartax import _walk
@@ -17,7 +18,8 @@ class Context(NamedTuple):
     """What a rule may know beside the gradient.
 
     Attributes:
-      num: Hypergradients seen so far, including this one; 0 at the first update. int32 scalar.
+      updates: Updates so far, without this one and those that were skipped; int32 scalar.
+      num: Hypergradients of every block so far that were not 0, including this one; int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
       displacement: Root mean square of the elements of the memory, how far the past steps moved
         them, ``[K]``.
@@ -29,6 +31,7 @@ class Context(NamedTuple):
       annealing: Fraction of its present value that the schedule will still lose, in [0, 1].
     """
 
+    updates: jax.Array
     num: jax.Array
     weight_rms: jax.Array
     displacement: jax.Array
@@ -62,23 +65,30 @@ class Rule(NamedTuple):
 
 
 def context_of(
-    state: ScaleByDartState, length: jax.Array, sizes: np.ndarray, multiplier: jax.Array
+    state: ScaleByDartState,
+    h: jax.Array,
+    length: jax.Array,
+    sizes: np.ndarray,
+    multiplier: jax.Array,
 ) -> Context:
     """What the rule may know.
 
     Args:
       state: The state after the last update.
+      h: Hypergradients, ``[K]``.
       length: Squared length of its memory, ``[K]``.
       sizes: Number of the elements of the memory, ``[K]``.
       multiplier: Present value of the user's schedule.
     """
-    num = state.count - state.skipped
+    count = state.count - state.skipped
+    num = state.hyper_count + (h != 0).astype(jnp.int32)
     return Context(
+        updates=count,
         num=num,
         weight_rms=state.weight_rms,
         displacement=root(length / np.maximum(sizes, 1)),
         progress=_walk.progress(state.walk, length),
-        noise=_walk.noise(state.walk, num),
+        noise=_walk.noise(state.walk, count, num),
         schedule_steps=state.schedule.steps,
         schedule_fall=fallen(state.last_multiplier, multiplier),
         annealing=annealing(state.schedule, multiplier),

@@ -12,7 +12,7 @@ from dartax._schedule import Ending
 from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 11
+VERSION = 12
 
 
 class Moments(NamedTuple):
@@ -47,6 +47,7 @@ class ScaleByDartState(NamedTuple):
       block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
       moments: Moving averages of the gradient with respect to them, of the blocks.
+      hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
       walk: Lengths of the past steps, and what they would add up to under white noise.
       schedule: How the user's schedule ends, or the mean of the parameters that stands for it.
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
@@ -72,6 +73,7 @@ class ScaleByDartState(NamedTuple):
     block_index: tuple[jax.Array, ...] | jax.Array
     concentration: jax.Array
     moments: Moments
+    hyper_count: jax.Array
     walk: Walk
     schedule: Ending
     sample_phase: jax.Array

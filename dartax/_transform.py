@@ -112,6 +112,7 @@ def scale_by_dirichlet(
             block_index=_blocks.block_index(of_leaf),
             concentration=concentration,
             moments=Moments(*(per_block() for _ in Moments._fields)),
+            hyper_count=jnp.zeros(num_blocks, jnp.int32),
             walk=_walk.empty_walk(known, num_blocks),
             schedule=ending(learning_rate, averaged),
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
@@ -162,7 +163,7 @@ def scale_by_dirichlet(
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
         multiplier = value_at(learning_rate, state.count) if multiplier is None else multiplier
-        context = context_of(state, length, blocks.sizes(state.step_memory), multiplier)
+        context = context_of(state, h, length, blocks.sizes(state.step_memory), multiplier)
         concentration, moments, shrink = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )
@@ -176,7 +177,8 @@ def scale_by_dirichlet(
         # 4. Scale the directions. A skipped step has rates of 0.
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(moments.hyper_nu))
-        blind = _blocks.blind(context.num, h, gradient_squares, moments.hyper_nu)
+        is_sampled = blocks.sizes(state.step_memory) < blocks.sizes(updates)
+        blind = _blocks.blind(context.updates, context.num, gradient_squares, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
@@ -204,8 +206,8 @@ def scale_by_dirichlet(
         )  # fmt: skip
         if_taken = if_skipped._replace(
             key=next_key(state, step_key), concentration=concentration, moments=moments, walk=walk,
-            hypergradient=h, last_draw=draw, last_multiplier=multiplier, sample_phase=blocks.phase,
-            min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
+            hyper_count=context.num, hypergradient=h, last_draw=draw, last_multiplier=multiplier,
+            sample_phase=blocks.phase, min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
         )  # fmt: skip
         updates = out_of_pairs(updates, given["updates"])
         return updates, arithmetic.select(taken, if_taken, if_skipped)._replace(

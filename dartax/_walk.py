@@ -27,9 +27,9 @@ In the first 30 updates with b1 = 0.9 the inner transform's averages hold too fe
 noise to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where
 directions have the same size whatever the gradients do, as their signs and Muon's have, or a size
 that depends on the scale of the loss. There everything may be noise after as many updates, and
-progress alone tells. With t hypergradients so far,
+progress alone tells. With t_i hypergradients so far,
 
-    noise_i = clip(t / UNTOLD - 1, 0, 1)
+    noise_i = clip(t_i / UNTOLD - 1, 0, 1)
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
@@ -96,19 +96,22 @@ def progress(walk: Walk, length: jax.Array) -> jax.Array:
     return jnp.where(known, length / jnp.where(known, walk.free, 1.0), 1.0)
 
 
-def power(walk: Walk, num: jax.Array) -> jax.Array:
+def power(walk: Walk, count: jax.Array) -> jax.Array:
     """Mean square of the directions over that under white noise, ``[K]``; 0 where unknown.
 
-    ``num`` is how many updates the average holds.
+    ``count`` is how many updates the average holds.
     """
-    average = walk.power / (1 - POWER_DECAY ** jnp.maximum(num, 1).astype(jnp.float32))
+    average = walk.power / (1 - POWER_DECAY ** jnp.maximum(count, 1).astype(jnp.float32))
     white = walk.white_noise.power
     return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
 
 
-def noise(walk: Walk, num: jax.Array) -> jax.Array:
-    """How much the directions count as white noise, ``[K]`` in [0, 1]."""
-    ratio = power(walk, num)
+def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
+    """How much the directions count as white noise, ``[K]`` in [0, 1].
+
+    ``count`` is the number of updates so far, ``num`` that of every block's hypergradients.
+    """
+    ratio = power(walk, count)
     moves = ratio > 0  # directions that are all 0 are no noise
     distance = jnp.abs(jnp.log(jnp.where(moves, ratio, 1.0)))
     told = jnp.where(moves, 2 - distance / NOISE_WIDTH, 0.0)

@@ -121,7 +121,7 @@ def dart(
     slack = concentration * ((rate_budget - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
     m, v = np.zeros(K), np.zeros(K)
-    heard = np.zeros(K, bool)  # whether h_i has ever differed from 0
+    n = np.zeros(K, int)  # hypergradients that were not 0
     z = {name: np.zeros_like(params[name]) for name in names}
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
@@ -148,7 +148,7 @@ def dart(
             with np.errstate(divide="ignore"):
                 noise = np.clip(2 - abs(np.log(power / white_power[i])) / 0.3, 0, 1)
         else:
-            noise = np.clip(t / 25 - 1, 0, 1)
+            noise = np.clip(n[i] / 25 - 1, 0, 1)
         size = sum(kept_part(z[name], name).size for name in members)
         return length / free_walk(i), noise, length / size
 
@@ -161,13 +161,15 @@ def dart(
             for name in names:
                 products = kept_part(g[name] * z[name], name)
                 h[labels[name]] -= g[name].size / products.size * np.sum(products)
-            heard |= h != 0
-            grad = heard * np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
-            m = b1 * m + (1 - b1) * grad
-            usual = np.sqrt(v / (1 - b2 ** max(t - 1, 1)))
-            v = b2 * v + (1 - b2) * grad**2
-            root = np.sqrt(v / (1 - b2**t))
-            s = -m / (1 - b1**t) / root
+            grad = np.array([l[i] * (h[i] - pi[i] * np.sum(h)) for i in range(K)])
+            usual = np.sqrt(v / (1 - b2 ** np.maximum(n, 1)))
+            n = n + (h != 0)
+            m = np.where(h != 0, b1 * m + (1 - b1) * grad, m)
+            v = np.where(h != 0, b2 * v + (1 - b2) * grad**2, v)
+            s = [
+                -m[i] / (1 - b1 ** n[i]) / np.sqrt(v[i] / (1 - b2 ** n[i])) if n[i] else 0
+                for i in range(K)
+            ]
             rate = min_rate + (rate_budget - min_rate) * a[:K] / a.sum()
             f, last_f = multiplier(t), multiplier(t - 1)
             steps = np.inf if averaged else schedule_steps
@@ -175,9 +177,9 @@ def dart(
             ends = f > last and (averaged or np.isfinite(steps))
             annealing = 1 - last / f if ends else 0.0
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
-            for i in range(K):
+            for i in np.flatnonzero(h):
                 progress, noise, displacement = evidence(i, t)
-                limit = min(max(0.05, 10 * annealing / steps), 20.0 / (1 + t))
+                limit = min(max(0.05, 10 * annealing / steps), 20.0 / (1 + n[i]))
                 limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
@@ -186,7 +188,7 @@ def dart(
                 confined = max(1 - 2 * progress, 0)
                 change = limit * np.clip(s[i] + tolerance, 0, 1)
                 retreat = 0.05 * np.clip(-4 * s[i] - 3, 0, 1)
-                fall = min(0.05, 3.0 / (1 + t)) * max(astray, confined)
+                fall = min(0.05, 3.0 / (1 + n[i])) * max(astray, confined)
                 change -= max(retreat, fall - schedule_fall)
                 if usual[i] > 0 and grad[i] > 10 * usual[i]:
                     change = -np.log(10)

@@ -100,6 +100,20 @@ def test_a_budget_that_is_too_small():
     assert sum(rates.values()) > 0.95e-3
 
 
+def test_a_budget_that_is_too_small_for_many_blocks():
+    optimizer = dartax.dart(rate_budget=2e-3, init_rate=1e-5)
+    params = {f"w{i:02}": jnp.ones((2, 2)) for i in range(40)}
+
+    def step(carry, _):  # constant gradients: longer steps are always better
+        params, state = carry
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (params, optimizer.init(params))
+    params, state = jax.jit(lambda carry: jax.lax.scan(step, carry, length=300)[0])(start)
+    assert set(words(dartax.describe(state, params)).values()) == {"pinned at max"}
+
+
 def test_a_least_rate_that_is_too_high():
     optimizer = dartax.dart(min_rate=1e-2, init_rate=0.1, inner=SGD)
     (early, _), (late, rates) = history(optimizer, quadratic(150.0, 250.0), [8, 45])

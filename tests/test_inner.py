@@ -43,6 +43,16 @@ def averages(state):
     return jax.tree.leaves([optax.tree.get(state, name, {}) for name in ("mu", "nu", "trace")])
 
 
+def test_directions_times_shares_fit_into_float16():
+    optimizer = dartax.dart(inner=dartax.inner.momentum(), blocks="channel")
+    params = {"a": jnp.ones((8, 8), jnp.float16), "b": jnp.ones(4, jnp.float16)}
+    state = optimizer.init(params)
+    for _ in range(12):
+        grads = jax.tree.map(lambda p: jnp.full(p.shape, 3e4, jnp.float16), params)
+        updates, state = optimizer.update(grads, state, params)
+        assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves(updates))
+
+
 @every_pair
 @pytest.mark.parametrize(("dtype", "rtol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_directions_are_those_of_optax(name, dtype, rtol):

@@ -132,3 +132,28 @@ def test_weight_decay_drives_no_rate_to_the_budget(seed):
     (params, _), rates = jax.lax.scan(step, (params, optimizer.init(params)), batches)
     assert jnp.max(rates) < 0.2
     assert loss(params, x, y) < 0.1
+
+
+@pytest.mark.parametrize("inner", ["adam", "momentum"])
+@pytest.mark.parametrize("period", [1, 7])
+def test_a_block_without_gradients_is_not_moved_by_the_others(inner, period):
+    """It has gradients in the first 60 updates, or in every seventh; the others always have."""
+    optimizer = dartax.dart(inner=getattr(dartax.inner, inner)())
+    params = {"often": 0.3 * jnp.ones((4, 8)), "seldom": 0.3 * jnp.ones((4, 8))}
+
+    def step(carry, t):
+        params, state = carry
+        target = {"often": 3 * jnp.sin(t / 100), "seldom": 1.0}
+        has = (t < 60) if period == 1 else t % period == 0
+        grads = jax.tree.map(lambda p, goal: p - goal, params, target)
+        grads["seldom"] = jnp.where(has, grads["seldom"], 0.0)
+        updates, state = optimizer.update(grads, state, params)
+        found = {"h": state[0].hypergradient[1], "change": state[0].moments.hyper_change[1]}
+        return (optax.apply_updates(params, updates), state), (has, found)
+
+    start = (params, optimizer.init(params))
+    (_, state), (has, found) = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(400)))(start)
+    np.testing.assert_array_equal(found["h"][1:] != 0, has[1:])
+    np.testing.assert_array_equal(found["change"][~has], 0.0)
+    assert np.mean(found["change"][has] != 0) > 0.8
+    assert optax.tree.get(state, "hyper_count").tolist() == [399, int(np.sum(has[1:]))]

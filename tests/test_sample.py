@@ -238,6 +238,25 @@ def test_few_rows_with_gradients_are_found_beside_other_blocks():
     assert 0.5 * first[3] < shares[3] <= first[3]
 
 
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+def test_a_whole_memory_is_not_forgotten_where_rows_take_turns(implementation):
+    # Each row has a gradient in one update of ten; plain gradients have no momentum.
+    optimizer = dartax.dart(inner=optax.identity(), implementation=implementation)
+    params = {"table": jnp.ones((10, 8)), "layer": jnp.ones((8, 8))}
+
+    def step(carry, t):
+        params, state = carry
+        live = jnp.arange(10)[:, None] == t % 10
+        grads = {"table": jnp.where(live, params["table"], 0.0), "layer": params["layer"]}
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (params, optimizer.init(params))
+    after, state = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(600))[0])(start)
+    assert optax.tree.get(state, "sample_phase").tolist() == [0, 0]
+    assert jnp.max(after["table"]) < 0.1
+
+
 def test_a_sample_with_gradients_stays(monkeypatch):
     monkeypatch.setattr(_sample, "MIN_SAMPLE", 8)
     optimizer = dartax.dart()

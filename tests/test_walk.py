@@ -94,7 +94,8 @@ def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
     start = (jnp.zeros(4000), jnp.zeros(4000), walk, inner.init(params))
     (_, memory, walk, _), _ = jax.lax.scan(step, start, jnp.arange(steps))
     progress = _walk.progress(walk, jnp.sum(memory**2)[None])
-    power, noise = (f(walk, jnp.asarray(steps))[0] for f in (_walk.power, _walk.noise))
+    steps = jnp.asarray(steps)
+    power, noise = _walk.power(walk, steps)[0], _walk.noise(walk, steps, steps)[0]
     return float(progress[0]), float(power), float(noise)
 
 
@@ -128,7 +129,8 @@ def test_nothing_is_known_before_the_first_step():
     walk = _walk.empty_walk(known, 3)
     np.testing.assert_array_equal(_walk.progress(walk, jnp.zeros(3)), np.ones(3))
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(0)), np.zeros(3))
-    np.testing.assert_array_equal(_walk.noise(walk, jnp.asarray(0)), np.zeros(3))
+    zero = jnp.asarray(0)
+    np.testing.assert_array_equal(_walk.noise(walk, zero, zero), np.zeros(3))
     # Overflow says nothing either.
     walk = walk._replace(free=jnp.array([1.0, jnp.inf, 1.0]))
     assert _walk.progress(walk, jnp.array([jnp.inf, 1.0, 4.0])).tolist() == [1.0, 1.0, 4.0]
@@ -138,7 +140,7 @@ def test_where_power_says_nothing_noise_is_assumed_after_a_while():
     walk = _walk.empty_walk(_walk.WhiteNoise(), 2)
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(9)), np.zeros(2))
     num, expected = jnp.array([0, 25, 40, 50, 1000]), [0.0, 0.0, 0.6, 1.0, 1.0]
-    found = jax.vmap(lambda n: _walk.noise(walk, n))(num)
+    found = jax.vmap(lambda n: _walk.noise(walk, jnp.asarray(9), n))(num)
     np.testing.assert_allclose(found, np.broadcast_to(expected, (2, 5)).T, atol=1e-6)
 
 
@@ -155,7 +157,8 @@ def test_noise_takes_a_rate_back_and_progress_keeps_it():
     progress = jnp.array([1.0, 2.5, 4.0])
     one, zero = jnp.ones([]), jnp.zeros([])
     context = Context(
-        num=jnp.asarray(9),
+        updates=jnp.asarray(9),
+        num=jnp.full(3, 9),
         weight_rms=jnp.ones(3),
         displacement=jnp.zeros(3),
         progress=progress,

@@ -37,7 +37,7 @@ from dartax import _check, _probe, random
 from dartax._blocks import LARGEST_ROOT
 from dartax._fusable import FusableUpdate, choose, fusable
 from dartax._fused._mesh import auto_sharded
-from dartax._half import in_float32
+from dartax._half import as_half, in_float32
 
 PyTree = Any
 
@@ -372,7 +372,8 @@ def scale_by_shares(
         )
 
     def times(direction, factor):
-        return (factor * direction.astype(jnp.float32)).astype(direction.dtype)
+        product = factor * direction.astype(jnp.float32)
+        return as_half(product, direction).astype(direction.dtype)
 
     def update_fn(
         updates, state, params=None, *, taken=True, step_memory=None, grad=None, **extra_args
