@@ -80,7 +80,7 @@ SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
 TOLERANCE = 0.3
 # Rates fall as t ** -FALL on noise or without progress, and at full speed where s is near -1.
 FALL, RETREAT_BELOW = 3.0, -0.75
-# Steps of more progress than this are no noise. Around Lion, Muon or SGD progress alone tells.
+# Steps of more progress than this are no noise. Around Lion and Muon progress alone tells.
 SIGNAL = 3.0
 # Where a gradient opposes the past steps by this many times the root mean square of those before
 # it, the rate is divided by SURPRISE.

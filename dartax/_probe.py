@@ -154,10 +154,11 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     power = noise[:, 0]
     moves = power > 0
     positive = np.where(moves, power, 1.0)
-    tells = moves & (np.abs(twice[:, 0] / positive - 1) < 0.1)
-    tells &= signal[:, 0] > LEAST_CONTRAST * power
+    scales = ~moves | (np.abs(twice[:, 0] / positive - 1) >= 0.1)
+    tells = signal[:, 0] > LEAST_CONTRAST * power
+    power = np.where(scales, 0.0, np.where(tells, power, np.inf))
     fitted = np.array([_fit(row) for row in noise[:, 1:] / positive[:, None]])
-    return WhiteNoise(fitted[:, 0], fitted[:, 1], np.where(tells, power, 0.0))
+    return WhiteNoise(fitted[:, 0], fitted[:, 1], power)
 
 
 def _small_shape(ndim: int, width: int) -> tuple[int, ...]:

@@ -25,11 +25,14 @@ valley cancel, and give less:
 
 In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
 noise to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where
-directions have the same size whatever the gradients do, as their signs and Muon's have, or a size
-that depends on the scale of the loss. There everything may be noise after as many updates, and
-progress alone tells. With t_i hypergradients so far,
+directions have the same size whatever the gradients do, as their signs and Muon's have. There
+everything may be noise after as many updates, and progress alone tells. With t_i hypergradients so
+far,
 
     noise_i = clip(t_i / UNTOLD - 1, 0, 1)
+
+The size of plain gradients depends on the scale of the loss. There noise is 0: steps that follow
+such gradients shrink with them.
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
@@ -45,8 +48,8 @@ from dartax._averages import root
 POWER_DECAY = 0.95
 # Power counts fully as noise while |log power| is below this, and not at all from twice this on.
 NOISE_WIDTH = 0.3
-# Where power says nothing, nothing counts as noise for so many updates, and from twice this on
-# everything. Earlier, steps that agree have no more progress than a free walk of averages.
+# Where all directions have one size, nothing counts as noise for so many updates, and from twice
+# this on everything. Earlier, steps that agree have no more progress than a free walk of averages.
 UNTOLD = 25
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15
@@ -58,7 +61,8 @@ class WhiteNoise(NamedTuple):
     Attributes:
       agreement: a, in [0, 1].
       persistence: c, in [0, 1).
-      power: p, mean square of the directions; 0 where it does not tell noise from signal.
+      power: p, mean square of the directions; 0 where it depends on the scale of the gradient, and
+        inf where a signal gives the same.
     """
 
     agreement: Any = 0.0
@@ -97,13 +101,14 @@ def progress(walk: Walk, length: jax.Array) -> jax.Array:
 
 
 def power(walk: Walk, count: jax.Array) -> jax.Array:
-    """Mean square of the directions over that under white noise, ``[K]``; 0 where unknown.
+    """Mean square of the directions over that under white noise, ``[K]``; 0 where it says nothing.
 
     ``count`` is how many updates the average holds.
     """
     average = walk.power / (1 - POWER_DECAY ** jnp.maximum(count, 1).astype(jnp.float32))
     white = walk.white_noise.power
-    return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
+    tells = (white > 0) & (white < jnp.inf)
+    return jnp.where(tells, average / jnp.where(tells, white, 1.0), 0.0)
 
 
 def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
@@ -112,11 +117,11 @@ def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
     ``count`` is the number of updates so far, ``num`` that of every block's hypergradients.
     """
     ratio = power(walk, count)
-    moves = ratio > 0  # directions that are all 0 are no noise
-    distance = jnp.abs(jnp.log(jnp.where(moves, ratio, 1.0)))
-    told = jnp.where(moves, 2 - distance / NOISE_WIDTH, 0.0)
+    positive = ratio > 0  # directions that are all 0 are no noise
+    distance = jnp.abs(jnp.log(jnp.where(positive, ratio, 1.0)))
+    told = jnp.where(positive, 2 - distance / NOISE_WIDTH, 0.0)
     untold = num.astype(jnp.float32) / UNTOLD - 1
-    return jnp.clip(jnp.where(walk.white_noise.power > 0, told, untold), 0.0, 1.0)
+    return jnp.clip(jnp.where(walk.white_noise.power == jnp.inf, untold, told), 0.0, 1.0)
 
 
 def advance(

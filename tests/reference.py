@@ -51,6 +51,11 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8):
     return direction
 
 
+def sign():
+    """Signs of the gradient."""
+    return lambda g: {name: np.sign(value) for name, value in g.items()}
+
+
 def sgd():
     """The gradient itself."""
     return lambda gradient: gradient
@@ -144,11 +149,11 @@ def dart(
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
         weights = 0.05 * 0.95 ** np.arange(t)[::-1]
         power = np.sum(weights * powers[i]) / np.sum(weights)
-        if white_power[i]:
-            with np.errstate(divide="ignore"):
-                noise = np.clip(2 - abs(np.log(power / white_power[i])) / 0.3, 0, 1)
-        else:
+        if white_power[i] == np.inf:
             noise = np.clip(n[i] / 25 - 1, 0, 1)
+        else:
+            ratio = power / white_power[i] if power * white_power[i] else np.inf
+            noise = np.clip(2 - abs(np.log(ratio)) / 0.3, 0, 1)
         size = sum(kept_part(z[name], name).size for name in members)
         return length / free_walk(i), noise, length / size
 

@@ -120,7 +120,7 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
 
 
 @pytest.mark.one_in(2)
-@pytest.mark.parametrize("direction", ["adam", "sgd"])
+@pytest.mark.parametrize("direction", ["adam", "sgd", "sign"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -132,11 +132,16 @@ def test_paper_dart_with_adam_directions_follows_the_reference():
     ],
 )
 def test_dart_follows_the_reference(direction, options):
+    inner, directions, white_noise = {
+        "adam": (None, reference.adam(beta2=0.99), (1.0, 0.9, 0.1 / 1.9)),
+        "sgd": (optax.identity(), reference.sgd(), (0.0, 0.0, 0.0)),
+        "sign": (optax.scale_by_sign(), reference.sign(), (0.0, 0.0, np.inf)),
+    }[direction]
     params, noise, gradients = problem(2)
     decay = lambda t: max(1.0 - t / 60.0, 0.0)  # noqa: E731
     optimizer = dartax.dart(
         optax.linear_schedule(1.0, 0.0, 60),
-        inner=None if direction == "adam" else optax.identity(),
+        inner=inner,
         key=9,
         memory_dtype="float32",
         **options,
@@ -145,11 +150,11 @@ def test_dart_follows_the_reference(direction, options):
     expected = reference.dart(
         params,
         gradients,
-        reference.adam(beta2=0.99) if direction == "adam" else reference.sgd(),
+        directions,
         shared_draws(9),
         multiplier=decay,
         schedule_steps=float(_schedule.ending(optax.linear_schedule(1.0, 0.0, 60)).steps),
-        **({} if direction == "adam" else {"white_noise": (0.0, 0.0, 0.0)}),
+        white_noise=white_noise,
         **options,
     )
     expected = list(expected)
