@@ -90,8 +90,10 @@ def white_noise(
     total = np.maximum(np.bincount(of_leaf, sizes, num_blocks), 1)
     means = [np.bincount(of_leaf, sizes * value, num_blocks) / total for value in leaves]
     # (Power has no meaning for a block if it has none for one of its leaves.)
-    without = np.bincount(of_leaf, leaves.power == 0, num_blocks) > 0
-    return WhiteNoise(means[0], means[1], np.where(without, 0.0, means[2]))
+    some = lambda which: np.bincount(of_leaf, which, num_blocks) > 0  # noqa: E731
+    fixed_size = some(leaves.fixed_size) & ~some((leaves.power == 0) & (leaves.fixed_size == 0))
+    power = np.where(some(leaves.power == 0), 0.0, means[2])
+    return WhiteNoise(means[0], means[1], power, fixed_size.astype(float))
 
 
 def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
@@ -105,7 +107,7 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
       NumPy arrays, with one value for each of the n leaves.
     """
     leaves, structure = jax.tree.flatten(params)
-    nothing = WhiteNoise(*np.zeros((3, len(leaves))))
+    nothing = WhiteNoise(*np.zeros((len(WhiteNoise._fields), len(leaves))))
     if not leaves:
         return nothing
     width = int(np.clip(TRIAL_SIZE // len(leaves), *LEAF_SIZES))
@@ -156,9 +158,10 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     positive = np.where(moves, power, 1.0)
     scales = ~moves | (np.abs(twice[:, 0] / positive - 1) >= 0.1)
     tells = signal[:, 0] > LEAST_CONTRAST * power
-    power = np.where(scales, 0.0, np.where(tells, power, np.inf))
+    fixed_size = np.where(scales | tells, 0.0, 1.0)
+    power = np.where(~scales & tells, power, 0.0)
     fitted = np.array([_fit(row) for row in noise[:, 1:] / positive[:, None]])
-    return WhiteNoise(fitted[:, 0], fitted[:, 1], power)
+    return WhiteNoise(fitted[:, 0], fitted[:, 1], power, fixed_size)
 
 
 def _small_shape(ndim: int, width: int) -> tuple[int, ...]:

@@ -61,13 +61,15 @@ class WhiteNoise(NamedTuple):
     Attributes:
       agreement: a, in [0, 1].
       persistence: c, in [0, 1).
-      power: p, mean square of the directions; 0 where it depends on the scale of the gradient, and
-        inf where a signal gives the same.
+      power: p, mean square of the directions; 0 where it does not tell noise from signal.
+      fixed_size: 1 where that is so because it is the same for all gradients; else 0, as where it
+        depends on their scale.
     """
 
     agreement: Any = 0.0
     persistence: Any = 0.0
     power: Any = 0.0
+    fixed_size: Any = 0.0
 
 
 class Walk(NamedTuple):
@@ -107,8 +109,7 @@ def power(walk: Walk, count: jax.Array) -> jax.Array:
     """
     average = walk.power / (1 - POWER_DECAY ** jnp.maximum(count, 1).astype(jnp.float32))
     white = walk.white_noise.power
-    tells = (white > 0) & (white < jnp.inf)
-    return jnp.where(tells, average / jnp.where(tells, white, 1.0), 0.0)
+    return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
 
 
 def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
@@ -121,7 +122,7 @@ def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
     distance = jnp.abs(jnp.log(jnp.where(positive, ratio, 1.0)))
     told = jnp.where(positive, 2 - distance / NOISE_WIDTH, 0.0)
     untold = num.astype(jnp.float32) / UNTOLD - 1
-    return jnp.clip(jnp.where(walk.white_noise.power == jnp.inf, untold, told), 0.0, 1.0)
+    return jnp.clip(jnp.where(walk.white_noise.fixed_size > 0, untold, told), 0.0, 1.0)
 
 
 def advance(

@@ -102,7 +102,7 @@ def dart(
     concentration=10.0, memory_decay=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
-    white_noise: tuple[Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9),
+    white_noise: tuple[Any, Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9, 0.0),
     schedule_steps: float = np.inf, averaged: bool = False,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
@@ -130,7 +130,8 @@ def dart(
     z = {name: np.zeros_like(params[name]) for name in names}
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
-    agreement, persistence, white_power = (np.broadcast_to(value, K) for value in white_noise)
+    white_noise = (np.broadcast_to(value, K) for value in white_noise)
+    agreement, persistence, white_power, fixed_size = white_noise
 
     def kept_part(x, name):
         return x[(sample or {}).get(name, ...)]
@@ -149,7 +150,7 @@ def dart(
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
         weights = 0.05 * 0.95 ** np.arange(t)[::-1]
         power = np.sum(weights * powers[i]) / np.sum(weights)
-        if white_power[i] == np.inf:
+        if fixed_size[i]:
             noise = np.clip(n[i] / 25 - 1, 0, 1)
         else:
             ratio = power / white_power[i] if power * white_power[i] else np.inf

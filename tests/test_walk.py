@@ -10,7 +10,7 @@ import dartax
 from dartax import _dart, _probe, _walk
 from dartax._rule import Context
 
-ADAM = (1.0, 0.9, 0.1 / 1.9)
+ADAM = (1.0, 0.9, 0.1 / 1.9, 0.0)
 PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
 
 
@@ -18,11 +18,11 @@ PARAMS = {"w": jnp.ones((20, 30)), "b": jnp.zeros(20), "c": jnp.ones(())}
     ("inner", "known"),
     [
         (optax.scale_by_adam(b1=0.9), ADAM),
-        (optax.scale_by_adam(b1=0.5), (1.0, 0.5, 0.5 / 1.5)),
-        (optax.trace(0.95), (1.0, 0.95, 0.0)),
-        (optax.identity(), (0.0, 0.0, 0.0)),
-        (optax.scale_by_sign(), (0.0, 0.0, jnp.inf)),  # always 1: does not tell noise from signal
-        (optax.scale_by_rms(), (0.0, 0.0, jnp.inf)),
+        (optax.scale_by_adam(b1=0.5), (1.0, 0.5, 0.5 / 1.5, 0.0)),
+        (optax.trace(0.95), (1.0, 0.95, 0.0, 0.0)),
+        (optax.identity(), (0.0, 0.0, 0.0, 0.0)),
+        (optax.scale_by_sign(), (0.0, 0.0, 0.0, 1.0)),  # always 1
+        (optax.scale_by_rms(), (0.0, 0.0, 0.0, 1.0)),
         (optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(1.0)), ADAM),
     ],
 )
@@ -38,7 +38,9 @@ def test_parts_of_a_tree_are_measured_apart():
     parts = {"adam": optax.scale_by_adam(), "sgd": optax.identity()}
     inner = optax.partition(parts, {"w": "adam", "b": "sgd", "c": "adam"})
     of_leaf, num_blocks = (0, 0, 1), 2  # b, c, w: Adam and SGD share the first block
-    agreement, persistence, power = _probe.white_noise(inner, PARAMS, of_leaf, num_blocks)
+    found = _probe.white_noise(inner, PARAMS, of_leaf, num_blocks)
+    agreement, persistence, power, fixed_size = found
+    np.testing.assert_array_equal(fixed_size, 0.0)
     np.testing.assert_allclose(agreement, [1 / 21, 1.0], rtol=0.1)
     np.testing.assert_allclose(persistence, [0.9 / 21, 0.9], rtol=0.1)
     np.testing.assert_allclose(power, [0.0, 0.1 / 1.9], rtol=0.1)
@@ -46,12 +48,21 @@ def test_parts_of_a_tree_are_measured_apart():
     assert _walk.empty_walk(known, num_blocks).white_noise.power.shape == (2,)
 
 
+def test_a_block_of_signs_and_adam_has_one_size_and_one_with_plain_gradients_has_not():
+    parts = {"adam": optax.scale_by_adam(), "sign": optax.scale_by_sign(), "sgd": optax.identity()}
+    inner = optax.partition(parts, {"w": "adam", "b": "sign", "c": "sgd"})
+    for of_leaf, expected in (((0, 1, 0), [1, 0]), ((0, 0, 1), [0, 0])):  # of b, c, w
+        found = _probe.white_noise(inner, PARAMS, of_leaf, 2)
+        np.testing.assert_array_equal(found.fixed_size, expected)
+
+
 def test_the_long_memory_of_lion_is_seen():
     # Its directions agree little with their neighbours, but do so for a hundred steps.
-    agreement, persistence, power = _probe.measure(optax.scale_by_lion(), PARAMS)
+    found = _probe.measure(optax.scale_by_lion(), PARAMS)
+    agreement, persistence, power, fixed_size = found
     assert np.all((agreement > 0.1) & (agreement < 0.4))
     assert np.all((persistence > 0.97) & (persistence < 0.998))
-    assert np.all(power == np.inf)  # signs
+    assert np.all((power == 0) & (fixed_size == 1))  # signs
 
 
 @pytest.mark.parametrize(
@@ -62,7 +73,7 @@ def test_the_long_memory_of_lion_is_seen():
     ],
 )
 def test_what_our_own_transforms_know_is_what_is_measured(inner):
-    measured = [values[2] for values in _probe.measure(inner, PARAMS)]
+    measured = [values[2] for values in _probe.measure(inner, PARAMS)[:3]]
     np.testing.assert_allclose(inner.update.white_noise, measured, rtol=0.1, atol=0.02)
 
 
@@ -71,8 +82,8 @@ def test_what_cannot_be_measured_counts_as_independent():
         raise ValueError("no")
 
     inner = optax.GradientTransformation(lambda params: (), refuse)
-    np.testing.assert_array_equal(_probe.measure(inner, PARAMS), np.zeros((3, 3)))
-    np.testing.assert_array_equal(_probe.measure(optax.identity(), {}), np.zeros((3, 0)))
+    np.testing.assert_array_equal(_probe.measure(inner, PARAMS), np.zeros((4, 3)))
+    np.testing.assert_array_equal(_probe.measure(optax.identity(), {}), np.zeros((4, 0)))
 
 
 def run(gradients, steps=600, rate=lambda t: 1.0, decay=0.999):
@@ -137,7 +148,7 @@ def test_nothing_is_known_before_the_first_step():
 
 
 def test_where_all_directions_have_one_size_noise_is_assumed_after_a_while():
-    walk = _walk.empty_walk(_walk.WhiteNoise(power=jnp.inf), 2)
+    walk = _walk.empty_walk(_walk.WhiteNoise(fixed_size=1.0), 2)
     np.testing.assert_array_equal(_walk.power(walk, jnp.asarray(9)), np.zeros(2))
     num, expected = jnp.array([0, 25, 40, 50, 1000]), [0.0, 0.0, 0.6, 1.0, 1.0]
     found = jax.vmap(lambda n: _walk.noise(walk, jnp.asarray(9), n))(num)
