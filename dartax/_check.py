@@ -102,7 +102,15 @@ def first_rate(
     num_blocks: int,
     max_concentration: float,
 ) -> None:
-    """Checks that the first mean rate of K blocks leaves the slack a concentration in its range."""
+    """Checks that the first mean rate of K blocks leaves the slack a concentration in its range.
+
+    The values of scalar arrays are checked, too, unless they are traced.
+    """
+    init_rate, min_rate, rate_budget, concentration = (
+        value if isinstance(value, jax.core.Tracer) else float(value)
+        for value in (init_rate, min_rate, rate_budget, concentration)
+    )
+    below("min_rate", min_rate, "init_rate", init_rate)
     if all(map(is_number, (concentration, init_rate, min_rate, rate_budget))):
         least = float(concentration) * (rate_budget - min_rate) / max_concentration
         if not np.float32(init_rate) - np.float32(min_rate) >= least:
@@ -227,13 +235,15 @@ def transformation(name: str, value: Any) -> None:
 
 
 def floating_dtype(name: str, value: Any) -> None:
-    """Checks a floating dtype or its name."""
+    """Checks a floating dtype or its name. In 8 bits, squares of small steps would be 0."""
     try:
         # NumPy reads None as float64.
-        if value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating):
+        dtype = None if value is None else jnp.dtype(value)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
             return
     except TypeError:
         pass
     raise TypeError(
-        f"{name} must be a floating dtype, got {value!r}; pass 'bfloat16' or 'float32'."
+        f"{name} must be a floating dtype of 16 bits or more, got {value!r}; pass 'bfloat16' or "
+        "'float32'."
     )

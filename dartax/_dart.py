@@ -164,9 +164,12 @@ def dart_rule(
             init_rate, min_rate, rate_budget, concentration, num_blocks, MAX_CONCENTRATION
         )
         # The mean rate of a block is min_rate + (rate_budget - min_rate) / inverse_share.
+        # (Traced rates cannot be checked. Clipped, they give a slack that is in its range.)
         low = f32(min_rate)
-        inverse_share = (f32(rate_budget) - low) / (f32(init_rate) - low)
+        above = jnp.maximum(f32(init_rate) - low, jnp.finfo(jnp.float32).tiny)
+        inverse_share = (f32(rate_budget) - low) / above
         slack = f32(concentration) * (inverse_share - num_blocks)
+        slack = jnp.clip(slack, MIN_CONCENTRATION, MAX_CONCENTRATION)
         return jnp.append(jnp.full(num_blocks, f32(concentration)), slack)
 
     def learn(current, draw, h, moments, context):
@@ -269,7 +272,7 @@ def scale_by_dart(
       mask: Tree of bools, or a function from params to one: where the decay applies.
       averaged: Set it only if you evaluate a mean of late parameters. That removes noise as a decay
         to 0 would, so the rates grow further and hardly fall on noise. The end of a schedule is not
-        looked at then. Read at ``init``.
+        looked at then.
       blocks: Which parameters share a rate. ``"tensor"`` or ``None``: one rate for every leaf. A
         pytree of labels, or a function from a path such as ``"Dense_0/kernel"`` to a label: leaves
         with equal labels share one. ``"channel"`` or ``"element"``: one for every index of a leaf's

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from dartax import _check
-from dartax._blocks import PyTree, path_names
 from dartax._colored import Description
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._health import RULES, TROUBLE, Block, blocks_of, health
 from dartax._state import ScaleByDartState
+from dartax._trees import PyTree, path_names
 
 WIDTH = 80
 
@@ -99,7 +99,8 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       dense/kernel     6   0.0001  3.2e-05          0  not started
     """
     if max_rows is not None:
-        _check.number("max_rows", max_rows, "None or at least 1", lambda v: v >= 1, "40 is usual")
+        whole = lambda v: v >= 1 and v == int(v)  # noqa: E731
+        _check.number("max_rows", max_rows, "None or a positive integer", whole, "40 is usual")
     paths = path_names(params)
     sizes = [int(np.size(leaf)) for leaf in jax.tree.leaves(params)]
     tables = []
@@ -119,7 +120,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
             blocks,
             names=[[paths[i] for i in leaves] for leaves in members],
             sizes=[sum(sizes[i] for i in leaves) for leaves in members],
-            max_rows=max_rows or len(blocks),
+            max_rows=int(max_rows or len(blocks)),
         )
         tables.append("\n".join([*title, *table]))
     return Description("\n\n".join(tables))

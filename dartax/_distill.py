@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax._blocks import PyTree, path_names
 from dartax._history import load
+from dartax._trees import PyTree, path_names
 
 
 def distill_schedule(run: Any) -> dict[str, optax.Schedule]:

@@ -14,38 +14,46 @@ from dartax import _check
 
 Update = Callable[..., tuple[Any, Any]]
 # What JAX raises where a function needs the values of its arguments.
-NEEDS_VALUES = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def compiled_outside_jit(
-    update: Update, outside: Callable[[Any], dict[str, Any]], constants: Sequence[Any]
+    step: Update, outside: Callable[[Any], Any], constants: Sequence[Any]
 ) -> Update:
-    """``update`` itself on traced values, and compiled where all of its arguments are concrete.
+    """Runs ``step`` itself on traced values, and compiled where all arguments are concrete.
 
-    Arguments that are no arrays, such as functions, and arrays on several devices go to ``update``,
+    Arguments that are no arrays, such as functions, and arrays on several devices go to ``step``,
     and so does everything once an inner transform has shown that it cannot be traced. If one of the
-    ``constants`` inside ``update`` is an array, nothing is compiled: ``optax.inject_hyperparams``
+    ``constants`` inside ``step`` is an array, nothing is compiled: ``optax.inject_hyperparams``
     makes such a transform anew at every update.
 
     Args:
-      update: Takes (updates, state, params) and keywords.
-      outside: From a concrete state to keywords of ``update`` that must be computed outside the
-        compiled program, such as the value of a schedule that reads a Python variable.
+      step: Takes (updates, state, params, extra_args) and what ``outside`` gives.
+      outside: From a state to what must be computed outside the compiled program, such as the value
+        of a schedule that reads a Python variable.
       constants: Numbers, functions or arrays.
+
+    Returns:
+      The update function of an optax transform with extra arguments.
     """
-    if not all(callable(constant) or _check.is_number(constant) for constant in constants):
-        return update
-    compiled: Update | None = jax.jit(update)
+    can_compile = all(callable(constant) or _check.is_number(constant) for constant in constants)
+    compiled: Update | None = jax.jit(step) if can_compile else None
 
     def update_fn(updates, state, params=None, **extra_args):
         nonlocal compiled
-        leaves = jax.tree.leaves((updates, state, params, extra_args))
-        if compiled is not None and all(map(_is_concrete, leaves)):
+        arguments = (updates, state, params, extra_args)
+        known = outside(state)
+        if compiled is not None and all(map(_is_concrete, jax.tree.leaves(arguments))):
             try:
-                return compiled(updates, state, params, **extra_args, **outside(state))
+                return compiled(*arguments, known)
             except NEEDS_VALUES:
                 compiled = None
-        return update(updates, state, params, **extra_args)
+        return step(*arguments, known)
 
     return update_fn
 

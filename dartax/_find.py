@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax._blocks import PyTree
 from dartax._state import ScaleByDartState, check_state
+from dartax._trees import PyTree
 from dartax.contrib import ScaleBySharesState
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dartax._walk import WhiteNoise
+
 PyTree = Any
 
 
@@ -38,15 +40,14 @@ class FusableUpdate:
         not, the step checks them and skips by itself, as it does for other transforms.
       whole_memory: Whether the memory that ``update`` gets as ``step_memory=`` has to hold all of
         large tensors, not samples.
-      white_noise: What its directions are under white noise, a, c and p of ``dartax/_walk.py``;
-        measured where it is ``None``.
+      white_noise: What its directions are under white noise; measured where it is ``None``.
     """
 
     update: Callable[..., tuple[PyTree, PyTree]]
     again: Callable[[PyTree, PyTree, jax.Array, Callable[[PyTree], PyTree]], PyTree] | None
     finite: bool = True
     whole_memory: bool = False
-    white_noise: tuple[Any, Any, Any] | None = None
+    white_noise: WhiteNoise | None = None
 
     def __call__(self, updates, state, params=None, **extra_args):
         """Updates, as optax does."""

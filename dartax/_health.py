@@ -44,7 +44,7 @@ class Block(NamedTuple):
       expected: Mean rate, the schedule included, like the next two.
       std: Standard deviation of the rate.
       last_rate: The rate of the last update.
-      num: Number of gradients that have judged a rate so far.
+      judged: Updates so far whose gradient has judged a rate, of any block.
       hypergradient: The last hypergradient.
       share: Mean share of the budget.
       equal_share: What it would be if all blocks had the same.
@@ -62,7 +62,7 @@ class Block(NamedTuple):
     expected: float
     std: float
     last_rate: float
-    num: int
+    judged: int
     hypergradient: float
     share: float
     equal_share: float
@@ -76,7 +76,7 @@ class Block(NamedTuple):
 
 
 def _not_started(block: Block) -> bool:
-    return block.num == 0
+    return block.judged == 0
 
 
 def _no_signal(block: Block) -> bool:
@@ -186,11 +186,11 @@ def blocks_of(state: ScaleByDartState) -> list[Block]:
         "s": _signal(state),
         "change": state.moments.hyper_change,
     }
-    num = max(int(state.count - state.skipped) - 1, 0)
+    judged = max(int(state.count - state.skipped) - 1, 0)
     slack = 1 - float(np.sum(share)) if _has_slack(state) else None
     rows = zip(*(np.asarray(column).tolist() for column in columns.values()), strict=True)
     equal = 1 / max(share.size, 1)
     return [
-        Block(num=num, slack=slack, equal_share=equal, **dict(zip(columns, row, strict=True)))
+        Block(judged=judged, slack=slack, equal_share=equal, **dict(zip(columns, row, strict=True)))
         for row in rows
     ]

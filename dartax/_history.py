@@ -155,8 +155,7 @@ def load(metrics: Any) -> History:
         keys = [prefix + name + ending for prefix, ending in zip(prefixes, endings, strict=True)]
         if all(key in columns for key in keys):
             found[name] = np.stack([columns[key] for key in keys], axis=1)
-    steps = columns.get("step", columns.get(prefixes[0] + "step"))
-    step = np.arange(len(found["expected_rate"])) if steps is None else steps
+    step = _steps(columns, list(dict.fromkeys(prefixes)), len(found["expected_rate"]))
     # A log may also have rows without learning rates.
     kept = np.isfinite(found["expected_rate"]).any(axis=1) & np.isfinite(step)
     if not kept.any():
@@ -172,14 +171,33 @@ def load(metrics: Any) -> History:
     return _joined(history)
 
 
+def _steps(columns: dict[str, np.ndarray], prefixes: list[str], num: int) -> np.ndarray:
+    """Returns the step of each of the ``num`` rows: that of all DARTs, or just the row's number."""
+    if "step" in columns:
+        return columns["step"]
+    steps = [columns[prefix + "step"] for prefix in prefixes if prefix + "step" in columns]
+    if not steps:
+        return np.arange(num)
+    if not all(np.array_equal(steps[0], other, equal_nan=True) for other in steps):
+        counts = ", ".join(f"{np.nanmax(step):g}" for step in steps)
+        raise ValueError(
+            "metrics must have one step for all DARTs of a row, got some that count differently "
+            f"(up to {counts}); add a key 'step' to every row, or pass the metrics of one label."
+        )
+    return steps[0]
+
+
 def _joined(history: History) -> History:
     """Joins leaves that share a block, which have the same drawn rate at every step."""
     rate = history.columns.get("rate")
-    if rate is None or not np.any(rate > 0):
+    if rate is None:
         return history
     blocks: dict[Any, list[int]] = {}
     for leaf, label in enumerate(history.labels):
-        blocks.setdefault((label, rate[:, leaf].tobytes()), []).append(leaf)
+        drawn = rate[:, leaf]
+        # Rates that are all 0 tell nothing: no step was taken, or the draws underflowed.
+        same = (label, drawn.tobytes()) if np.any(drawn > 0) else leaf
+        blocks.setdefault(same, []).append(leaf)
     joined = history._of([leaves[0] for leaves in blocks.values()])
     return dataclasses.replace(
         joined,

@@ -13,9 +13,9 @@ from dartax._block_values import (
     rate_stds,
     used_rates,
 )
-from dartax._blocks import PyTree, path_names
 from dartax._find import find_states, labels_of, own_leaves
 from dartax._state import ScaleByDartState
+from dartax._trees import PyTree, path_names
 from dartax.contrib import ScaleBySharesState, factor_variances, mean_factors, used_factors
 
 # From a state to a value for each of its blocks.

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from dartax._averages import f32
-from dartax._blocks import LARGEST_ROOT, Blocks, PyTree
+from dartax._blocks import LARGEST_ROOT, Blocks
+from dartax._trees import PyTree
 
 
 def empty_memory(params: PyTree, dtype: Any, whole: bool = True) -> PyTree:
@@ -60,7 +61,7 @@ def directions(
     params: PyTree,
     taken: jax.Array,
     blocks: Blocks,
-    **extra_args: Any,
+    extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
     """The direction, the part of it that enters the memory (here all), and the new inner state.
 

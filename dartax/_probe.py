@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dartax._blocks import PyTree
 from dartax._fusable import fusable
+from dartax._trees import PyTree
 from dartax._walk import WhiteNoise
 
 # Updates that measure an inner transform, after some that let its averages settle.
@@ -69,12 +69,6 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
         )
 
 
-def declared(inner: optax.GradientTransformation) -> tuple[Any, Any, Any] | None:
-    """a, c and p as ``inner`` declares them."""
-    known = fusable(inner)
-    return known.white_noise if known else None
-
-
 def white_noise(
     inner: optax.GradientTransformation,
     params: PyTree,
@@ -82,9 +76,9 @@ def white_noise(
     num_blocks: int,
 ) -> WhiteNoise:
     """What ``inner`` makes of white noise in every block: declared, or measured."""
-    known = declared(inner)
-    if known is not None:
-        return WhiteNoise(*known)
+    known = fusable(inner)
+    if known and known.white_noise:
+        return known.white_noise
     leaves = measure(inner, params)
     sizes = np.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], float)
     total = np.maximum(np.bincount(of_leaf, sizes, num_blocks), 1)
@@ -100,8 +94,8 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     """Runs ``inner`` on white noise, in small arrays with the structure of ``params``.
 
     The directions of two opposite gradients are subtracted, which leaves out whatever does not
-    depend on the gradient, such as decayed weights. Where that fails, directions are taken to be as
-    independent as the gradients, and their size to say nothing.
+    depend on the gradient, such as decayed weights. Where that fails or overflows, directions are
+    taken to be as independent as the gradients, and their size to say nothing.
 
     Returns:
       NumPy arrays, with one value for each of the n leaves.
@@ -152,6 +146,8 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     except Exception:
         # The transform may reject such small arrays, or close over traced values.
         return nothing
+    if not np.all(np.isfinite(found)):
+        return nothing
     noise, twice, signal = np.mean(found, axis=1)  # [n leaves, lags]
     power = noise[:, 0]
     moves = power > 0
@@ -173,7 +169,7 @@ def _small_shape(ndim: int, width: int) -> tuple[int, ...]:
 
 
 def _fit(correlation: np.ndarray) -> tuple[float, float]:
-    """A and c of a * c^n, from the correlations at LAGS."""
+    """The a and c of a * c^n, from the correlations at LAGS."""
     near, *others = (float(value) for value in correlation)
     if not near > LEAST_CORRELATION:
         return 0.0, 0.0

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dartax import _walk
-from dartax._averages import root
+from dartax._averages import f32, root
 from dartax._draw import Draw
-from dartax._schedule import annealing, fallen
+from dartax._schedule import Ending, annealing, fallen
 from dartax._state import Moments, ScaleByDartState
 
 
@@ -67,18 +67,20 @@ class Rule(NamedTuple):
 def context_of(
     state: ScaleByDartState,
     h: jax.Array,
-    length: jax.Array,
+    square_length: jax.Array,
     sizes: np.ndarray,
     multiplier: jax.Array,
+    end: Ending,
 ) -> Context:
     """What the rule may know.
 
     Args:
       state: The state after the last update.
       h: Hypergradients, ``[K]``.
-      length: Squared length of its memory, ``[K]``.
+      square_length: Squared length of its memory, ``[K]``.
       sizes: Number of the elements of the memory, ``[K]``.
       multiplier: Present value of the user's schedule.
+      end: How that schedule ends.
     """
     count = state.count - state.skipped
     num = state.hyper_count + (h != 0).astype(jnp.int32)
@@ -86,10 +88,10 @@ def context_of(
         updates=count,
         num=num,
         weight_rms=state.weight_rms,
-        displacement=root(length / np.maximum(sizes, 1)),
-        progress=_walk.progress(state.walk, length),
+        displacement=root(square_length / np.maximum(sizes, 1)),
+        progress=_walk.progress(state.walk, square_length),
         noise=_walk.noise(state.walk, count, num),
-        schedule_steps=state.schedule.steps,
+        schedule_steps=f32(end.steps),
         schedule_fall=fallen(state.last_multiplier, multiplier),
-        annealing=annealing(state.schedule, multiplier),
+        annealing=annealing(end, multiplier),
     )

@@ -1,5 +1,7 @@
-"""What the user's schedule is going to do, read from it once, at ``init``."""
+"""What the user's schedule is going to do, read from it ahead of time."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,14 +40,25 @@ def ending(learning_rate: optax.ScalarOrSchedule, averaged: bool = False) -> End
     does what a decay to 0 does whose end is beyond all counts.
     """
     if averaged:
-        return Ending(jnp.asarray(FAR, jnp.float32), jnp.zeros([], jnp.float32))
-    never = Ending(jnp.zeros([], jnp.float32), jnp.zeros([], jnp.float32))
-    if not callable(learning_rate):
-        return never
-    try:
-        values = jnp.asarray(jax.vmap(learning_rate)(GRID), jnp.float32)
-    except Exception:
-        return never  # it takes only one count at a time
+        return Ending(np.float32(FAR), np.float32(0))
+    if callable(learning_rate):
+        # A schedule of traced numbers can only be read as part of the traced program.
+        for read in (_read_now, _read):
+            try:
+                return read(learning_rate)
+            except Exception:  # it takes only one count at a time, or is traced
+                continue
+    return Ending(np.float32(0), np.float32(0))
+
+
+@functools.lru_cache(maxsize=32)
+def _read_now(schedule: Callable[[Any], Any]) -> Ending:
+    with jax.core.eval_context():
+        return _read(schedule)
+
+
+def _read(schedule: Callable[[Any], Any]) -> Ending:
+    values = jnp.asarray(jax.vmap(schedule)(GRID), jnp.float32)
     values = jnp.broadcast_to(values, GRID.shape)
     moves = jnp.abs(values - values[-1]) > ENDED * jnp.max(jnp.abs(values))
     last = jnp.max(jnp.where(moves, np.arange(len(GRID)), -1))
@@ -78,7 +91,8 @@ def annealing(end: Ending, multiplier: jax.Array) -> jax.Array:
     0 where it has no end.
     """
     falls = (end.steps > 0) & (end.value < multiplier)  # a comparison: NaN gives 0
-    return jnp.where(falls, 1 - end.value / jnp.where(falls, multiplier, 1.0), 0.0)
+    left = jnp.maximum(end.value, 0.0) / jnp.where(falls, multiplier, 1.0)
+    return jnp.where(falls, 1 - left, 0.0)
 
 
 def fallen(last: jax.Array, multiplier: jax.Array) -> jax.Array:

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dartax._blocks import PyTree
 from dartax._draw import Draw
-from dartax._schedule import Ending
+from dartax._trees import PyTree
 from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 12
+VERSION = 13
 
 
 class Moments(NamedTuple):
-    """Moving averages of the gradient with respect to the blocks' concentrations, or to their logs.
+    """What a rule keeps: averages of the gradient that moves the concentrations or their logs.
+
+    The names have a prefix so that ``optax.tree.get(state, "mu")`` finds the moments of Adam alone.
 
     Attributes:
       hyper_mu: First moment, float32 ``[K]``.
@@ -49,7 +50,6 @@ class ScaleByDartState(NamedTuple):
       moments: Moving averages of the gradient with respect to them, of the blocks.
       hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
       walk: Lengths of the past steps, and what they would add up to under white noise.
-      schedule: How the user's schedule ends, or the mean of the parameters that stands for it.
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
@@ -75,7 +75,6 @@ class ScaleByDartState(NamedTuple):
     moments: Moments
     hyper_count: jax.Array
     walk: Walk
-    schedule: Ending
     sample_phase: jax.Array
     weight_rms: jax.Array
     hypergradient: jax.Array

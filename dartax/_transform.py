@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dartax import _blocks, _check, _fused, _plain, _probe, _walk, random
+from dartax import _blocks, _check, _fused, _plain, _probe, _trees, _walk, random
 from dartax._averages import Number, f32
-from dartax._blocks import Labels, PyTree
+from dartax._blocks import Labels
 from dartax._complex import in_pairs, out_of_pairs
 from dartax._decay import decayed_weights, decays
 from dartax._draw import Draw, draw_shares
@@ -41,6 +41,7 @@ from dartax._half import in_float32
 from dartax._rule import Rule, context_of
 from dartax._schedule import ending, value_at
 from dartax._state import VERSION, Moments, ScaleByDartState, check_state, next_key
+from dartax._trees import PyTree
 
 Implementation = Literal["fused", "plain"]
 
@@ -90,7 +91,7 @@ def scale_by_dirichlet(
     low, high = f32(min_rate), f32(rate_budget)
 
     def init_fn(params: PyTree) -> ScaleByDartState:
-        _blocks.check_params(params)
+        _trees.check_params(params)
         params = in_pairs(params)
         _probe.check_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
@@ -114,7 +115,6 @@ def scale_by_dirichlet(
             moments=Moments(*(per_block() for _ in Moments._fields)),
             hyper_count=jnp.zeros(num_blocks, jnp.int32),
             walk=_walk.empty_walk(known, num_blocks),
-            schedule=ending(learning_rate, averaged),
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
@@ -133,17 +133,18 @@ def scale_by_dirichlet(
 
     def score(updates, grad, value, memory, blocks):
         """h, |z|^2 and |g|^2 of every block, and whether gradients and loss are finite."""
-        h, length, squares = arithmetic.judge(updates, memory, blocks)
+        h, square_length, squares = arithmetic.judge(updates, memory, blocks)
         usable = jnp.all(jnp.isfinite(squares))
         if grad is not None:
             h, _, squares = arithmetic.judge(grad, memory, blocks)
             usable &= jnp.all(jnp.isfinite(squares))
         if value is not None:
             usable &= jnp.isfinite(_check.scalar("value", value, "pass the loss"))
-        return h, length, squares, usable
+        return h, square_length, squares, usable
 
     def decayed(direction, remembered, params, state, blocks):
         """The direction and what the memory holds of it, with the weight decay."""
+        # (As in optax, a mask that is a function sees the directions: shapes and dtypes are alike.)
         where = mask(direction) if _check.is_function(mask) else mask
         decay = decayed_weights(weight_decay, where)
         direction, _ = decay.update(direction, decay.init(params), params)
@@ -152,18 +153,21 @@ def scale_by_dirichlet(
         part = jax.tree.map(lambda p: jnp.where(jnp.isfinite(p), f32(p), 0.0), part)
         return direction, decay.update(remembered, decay.init(part), part)[0]
 
-    def update_fn(updates, state, params=None, *, multiplier=None, **extra_args):
+    def step(updates, state, params, extra_args, multiplier):
         value = extra_args.get("value")
         blocks = blocks_in(state)
         given = {"updates": updates, "params": params, "grad": extra_args.get("grad")}
-        updates, params, grad = _blocks.checked(given, state.step_memory, arithmetic.memory_shape)
+        updates, params, grad = _trees.checked(given, state.step_memory, arithmetic.memory_shape)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
-        h, length, gradient_squares, usable = score(updates, grad, value, state.step_memory, blocks)
+        h, square_length, gradient_squares, usable = score(
+            updates, grad, value, state.step_memory, blocks
+        )
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
-        multiplier = value_at(learning_rate, state.count) if multiplier is None else multiplier
-        context = context_of(state, h, length, blocks.sizes(state.step_memory), multiplier)
+        sizes = blocks.sizes(state.step_memory)
+        end = ending(learning_rate, averaged)
+        context = context_of(state, h, square_length, sizes, multiplier, end)
         concentration, moments, shrink = rule.learn(
             state.concentration, state.last_draw, h, state.moments, context
         )
@@ -176,13 +180,13 @@ def scale_by_dirichlet(
 
         # 4. Scale the directions. A skipped step has rates of 0.
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
-        overflows = usable & ~jnp.all(jnp.isfinite(moments.hyper_nu))
-        is_sampled = blocks.sizes(state.step_memory) < blocks.sizes(updates)
+        overflows = usable & ~jnp.all(jnp.isfinite(h) & jnp.isfinite(moments.hyper_nu))
+        is_sampled = sizes < blocks.sizes(updates)
         blind = _blocks.blind(context.updates, context.num, gradient_squares, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
-            **{**extra_args, "grad": grad, "step_memory": state.step_memory},
+            {**extra_args, "grad": grad, "step_memory": state.step_memory},
         )  # fmt: skip
         if decays(weight_decay):
             direction, remembered = decayed(direction, remembered, params, state, blocks)
@@ -217,8 +221,8 @@ def scale_by_dirichlet(
 
     def outside(state):
         blocks_in(state)  # the checks need values
-        return {"multiplier": value_at(learning_rate, state.count)}
+        return value_at(learning_rate, state.count)
 
     constants = (learning_rate, min_rate, rate_budget, memory_decay, weight_decay)
-    update = compiled_outside_jit(update_fn, outside, constants)
+    update = compiled_outside_jit(step, outside, constants)
     return optax.GradientTransformationExtraArgs(init_fn, update)

@@ -23,6 +23,9 @@ valley cancel, and give less:
     power_i = (mean square of u_i, averaged over about 20 updates) / p
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
+Here u_i is the direction as it is remembered, with the weight decay. That hides no noise as long as
+the decayed weights are below a tenth of Adam's directions: weight_decay * w_i < 0.1.
+
 In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
 noise to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where
 directions have the same size whatever the gradients do, as their signs and Muon's have. There
@@ -96,10 +99,10 @@ def empty_walk(known: WhiteNoise, num_blocks: int) -> Walk:
     return Walk(fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, known)))
 
 
-def progress(walk: Walk, length: jax.Array) -> jax.Array:
+def progress(walk: Walk, square_length: jax.Array) -> jax.Array:
     """Squared length of the memory over that of a free walk, ``[K]``; 1 where nothing is known."""
-    known = (walk.free > 0) & jnp.isfinite(walk.free) & jnp.isfinite(length)
-    return jnp.where(known, length / jnp.where(known, walk.free, 1.0), 1.0)
+    known = (walk.free > 0) & jnp.isfinite(walk.free) & jnp.isfinite(square_length)
+    return jnp.where(known, square_length / jnp.where(known, walk.free, 1.0), 1.0)
 
 
 def power(walk: Walk, count: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import flax.linen
 import flax.serialization
 import jax
@@ -508,4 +509,31 @@ def test_arrays_and_tracers_are_not_compared_with_their_range():
 def test_bad_directions(make, arguments, error, match):
     with pytest.raises(error, match=match) as caught:
         make(**arguments)
+    sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"init_rate": 1e-4, "min_rate": 1e-3}, "min_rate must be below init_rate"),
+        ({"init_rate": 0.6}, "init_rate must be below 0.5, the mean rate when 2 blocks"),
+    ],
+)
+def test_first_rates_that_are_arrays(arguments, match):
+    params = {"b": jnp.ones(3), "w": jnp.ones(3)}
+    optimizer = optax.inject_hyperparams(dartax.dart)(**arguments)
+    with pytest.raises(ValueError, match=match) as caught:
+        optimizer.init(params)
+    sentence(caught)
+    # Inside jit they have no values. Then the rates stay in their range, and finite.
+    state = jax.jit(optimizer.init)(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    chex.assert_tree_all_finite(updates)
+    assert sum(float(-jnp.mean(u)) for u in jax.tree.leaves(updates)) <= 1.01
+
+
+def test_a_memory_of_eight_bits_is_refused():
+    match = "memory_dtype must be a floating dtype of 16 bits or more, got 'float8_e4m3fn'; pass"
+    with pytest.raises(TypeError, match=match) as caught:
+        dartax.scale_by_dart(memory_dtype="float8_e4m3fn")
     sentence(caught)

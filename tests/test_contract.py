@@ -473,3 +473,66 @@ def test_nnx_optimizer():
     assert np.all(model.kernel[...] != before)
     lines = dartax.describe(optimizer, params).splitlines()
     assert [line.split()[0] for line in lines[3:]] == ["bias", "kernel"]
+
+
+def test_extra_arguments_may_have_any_name():
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    given = {"multiplier": 5.0, "taken": 6.0, "blocks": 7.0, "inner": 8.0, "known": 9.0}
+    params = {"w": jnp.ones(3)}
+    for implementation in ("fused", "plain"):
+        optimizer = dartax.scale_by_dart(inner, implementation=implementation)
+        state = optimizer.init(params)
+        expected, _ = optimizer.update(params, state, params)
+        for step in (optimizer.update, jax.jit(optimizer.update)):
+            updates, _ = step(params, state, params, **given)
+            chex.assert_trees_all_equal(updates, expected)
+            assert given.keys() <= seen.keys()
+
+
+def test_a_schedule_may_begin_in_a_run_that_had_none():
+    # As where a run with constant rates ends with a decay, from a checkpoint.
+    def ended(before):
+        params = {"w": jnp.ones((4, 3))}
+        state = before.init(params)
+        update = jax.jit(dartax.dart(optax.linear_schedule(1.0, 0.0, 60)).update)
+        for _ in range(60):
+            updates, state = update(jax.tree.map(lambda p: 2 * p, params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    chex.assert_trees_all_equal(
+        ended(dartax.dart()), ended(dartax.dart(optax.linear_schedule(1.0, 0.0, 60)))
+    )
+
+
+def test_an_infinite_hypergradient_of_one_block_skips_the_step():
+    # With one block, sum_j h_j is infinite, too, and its gradient through the draw is NaN.
+    huge = optax.chain(optax.scale_by_sign(), optax.scale(9e18))
+    optimizer = dartax.scale_by_dart(huge, init_rate=0.5)
+    params = {"w": jnp.ones(4)}
+    state = optimizer.init(params)
+    for _ in range(3):
+        _, state = optimizer.update(params, state, params)
+    updates, state = optimizer.update({"w": jnp.full(4, 9e18)}, state, params)
+    assert int(state.skipped) == 1
+    chex.assert_tree_all_finite((updates, state))
+    updates, state = optimizer.update(params, state, params)
+    assert int(state.skipped) == 1
+    assert np.any(np.asarray(updates["w"]) != 0)
+
+
+def test_an_inner_transform_that_needs_the_value_of_its_count():
+    scales = [1.0, 2.0, 3.0]  # a list, which no tracer can index
+    inner = optax.scale_by_schedule(lambda count: scales[count])
+    params = {"w": jnp.ones(3)}
+    optimizer = dartax.scale_by_dart(inner)
+    state = optimizer.init(params)
+    for scale in scales:
+        updates, state = optimizer.update(params, state, params)
+        np.testing.assert_allclose(updates["w"], scale * state.last_rates[0], rtol=1e-6)

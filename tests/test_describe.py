@@ -158,8 +158,12 @@ def test_many_blocks_are_shown_in_part():
     hidden = [int(line.split()[1]) for line in lines if line.startswith("  …")]
     assert sum(hidden) == 14
     assert len(words(dartax.describe(state, params))) == 24
-    with pytest.raises(ValueError, match="max_rows must be None or at least 1, got 0; 40 is usual"):
+    with pytest.raises(
+        ValueError, match="max_rows must be None or a positive integer, got 0; 40 is usual"
+    ):
         dartax.describe(state, params, max_rows=0)
+    with pytest.raises(ValueError, match="max_rows must be None or a positive integer, got 2.5"):
+        dartax.describe(state, params, max_rows=2.5)
 
 
 def test_two_hundred_blocks():

@@ -136,3 +136,24 @@ def test_adam_with_the_distilled_schedules_ends_where_dart_ends(monkeypatch):
             [[a[column], b[column]] for a, b in zip(dart, adam, strict=True) if a[column]]
         )
         np.testing.assert_allclose(*losses.T, rtol=tolerance)
+
+
+def test_rates_of_zero_join_no_blocks():
+    run = [
+        {"step": 1, "rate/a": 0.0, "rate/b": 0.0, "rate/c": 1.0, "rate/d": 1.0}
+        | {f"expected_rate/{name}": 10.0**-i for i, name in enumerate("abcd")}
+    ]
+    schedules = dartax.distill_schedule(run)
+    np.testing.assert_allclose([schedules[name](0) for name in "abc"], [1, 0.1, 0.01], rtol=1e-5)
+
+
+def test_darts_that_count_differently_need_a_step_of_their_row():
+    run = [
+        {"x/step": n, "y/step": 4 * n, "x/expected_rate/a": 0.1 * n, "y/expected_rate/b": 0.01 * n}
+        for n in (1, 2, 3)
+    ]
+    match = "metrics must have one step .* got some .* .up to 3, 12.; add a key 'step' to every row"
+    with pytest.raises(ValueError, match=match):
+        dartax.distill_schedule(run)
+    schedules = dartax.distill_schedule([{"step": 4 * n + 4, **row} for n, row in enumerate(run)])
+    np.testing.assert_allclose(schedules["b"](11), 0.03, rtol=1e-5)

@@ -295,6 +295,11 @@ def without(columns, word):
 
 
 GOOD = of_many(4)
+OF_TWO = {
+    f"{label}/{name}/{leaf}": [1.0]
+    for label, leaf in (("x", "a"), ("x", "b"), ("y", "c"))
+    for name in ("expected_rate", "concentration")
+}
 BAD = [
     (lambda: plot.heatmap(3), TypeError, "metrics must be a sequence of dicts, .* got int; record"),
     (lambda: plot.heatmap([1.0, 2.0]), TypeError, "metrics must be a sequence of dicts, .* got list; record"),
@@ -311,6 +316,7 @@ BAD = [
     (lambda: plot.heatmap(GOOD, blocks=[]), ValueError, "blocks must name recorded leaves, got none"),
     (lambda: plot.heatmap(GOOD, blocks="decoder"), TypeError, "blocks must be a sequence of names, got the string 'decoder'"),
     (lambda: plot.simplex(of_many(2)), ValueError, "blocks must name leaves of three blocks, got 2; pass three"),
+    (lambda: plot.simplex(OF_TWO, blocks=["a", "b", "c"]), ValueError, "blocks must name leaves of one DART, got the labels 'x', 'x', 'y'; pass"),
     (lambda: plot.simplex(GOOD, draws=0), ValueError, "draws must be at least 1, got 0; 1500 is usual"),
 ]  # fmt: skip
 

@@ -97,3 +97,8 @@ def test_a_warm_up_to_a_constant_makes_no_run_short(schedule):
         return dartax.expected_learning_rates(state, {"w": 0})["w"]
 
     assert mean_rate(schedule) < 1.1 * mean_rate(1.0)
+
+
+def test_a_schedule_below_zero_is_annealed_wholly():
+    end = _schedule.ending(optax.linear_schedule(1.0, -1.0, 100))
+    np.testing.assert_allclose(_schedule.annealing(end, jnp.array([1.0, 0.5, -0.5])), [1, 1, 1])

@@ -25,12 +25,13 @@ import numpy as np
 import optax
 
 from dartax import _plain
-from dartax._blocks import Blocks, PyTree
+from dartax._blocks import Blocks
 from dartax._fusable import choose, fusable, zero_unless
 from dartax._fused._order import after_memory
 from dartax._fused._sample import part_like, sample_shape, take_samples
 from dartax._fused._sums import sums
 from dartax._fused._threefry import random_words
+from dartax._trees import PyTree
 
 __all__ = [
     "directions",
@@ -90,20 +91,18 @@ def directions(
     params: PyTree,
     taken: jax.Array,
     blocks: Blocks,
-    *,
-    step_memory: PyTree,
-    **extra_args: Any,
+    extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
     """See :func:`dartax._plain.directions`; a part of the direction goes into the memory."""
-    extra_args["step_memory"] = step_memory
     update = fusable(inner)
-    part_of = functools.partial(part_like, step_memory, phases=phases(blocks))
+    part_of = functools.partial(part_like, extra_args["step_memory"], phases=phases(blocks))
     if update is None or not update.finite:
         direction, new_state = inner.update(updates, inner_state, params, **extra_args)
         taken &= jnp.all(jnp.isfinite(sums(jnp.square, jax.tree.leaves(direction))))
         direction = zero_unless(taken, direction)
         return direction, part_of(direction), select(taken, new_state, inner_state), taken
-    direction, inner_state = update(updates, inner_state, params, taken=taken, **extra_args)
+    extra_args = {**extra_args, "taken": taken}
+    direction, inner_state = update(updates, inner_state, params, **extra_args)
     if update.again is None:
         return direction, part_of(direction), inner_state, taken
     return direction, update.again(updates, inner_state, taken, part_of), inner_state, taken

@@ -20,6 +20,7 @@ from typing import Any
 import filelock
 
 from dartax._history import read_csv
+from dartax._version import __version__
 from dartax.experiments.config import ConfigError
 from dartax.experiments.files import write_whole
 
@@ -190,10 +191,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of the packages that affect a result.
-
-    The version of dartax is ``None`` if it was imported from a checkout and is not installed.
-    """
+    """Returns the versions of the packages that affect a result, ``None`` if one is missing."""
 
     def version(name: str) -> str | None:
         try:
@@ -201,5 +199,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("dartax", "jax", "jaxlib", "optax", "flax", "numpy")
-    return {name: version(name) for name in packages}
+    # What is installed of a checkout may say an older version than its files.
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy")
+    return {"dartax": __version__, **{name: version(name) for name in packages}}

@@ -11,6 +11,7 @@ from dartax import _check
 from dartax._fusable import FusableUpdate, choose, decayed_sum
 from dartax._fused._order import leaf_by_leaf
 from dartax._half import as_half, widened
+from dartax._walk import WhiteNoise
 
 
 def adam(
@@ -97,6 +98,6 @@ def adam(
         return jax.tree.map(leaf, g, part(state.mu), part(state.nu))
 
     # The average m of white noise has the mean square (1 - b1) / (1 + b1).
-    white_noise = None if nesterov else (1.0, b1, (1 - b1) / (1 + b1))
+    white_noise = None if nesterov else WhiteNoise(1.0, b1, (1 - b1) / (1 + b1))
     update = FusableUpdate(update_fn, again, white_noise=white_noise)
     return optax.GradientTransformationExtraArgs(init_fn, update)

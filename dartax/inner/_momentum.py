@@ -7,6 +7,7 @@ from dartax import _check
 from dartax._fusable import FusableUpdate, decayed_sum
 from dartax._fused._order import leaf_by_leaf
 from dartax._half import as_half, widened
+from dartax._walk import WhiteNoise
 
 
 def momentum(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
@@ -45,5 +46,5 @@ def momentum(decay: float = 0.9) -> optax.GradientTransformationExtraArgs:
         del updates, taken
         return part(state.trace)
 
-    update = FusableUpdate(update_fn, again, white_noise=(1.0, decay, 0.0))
+    update = FusableUpdate(update_fn, again, white_noise=WhiteNoise(1.0, decay))
     return optax.GradientTransformationExtraArgs(init_fn, update)

@@ -49,7 +49,8 @@ def orthogonalize(matrix: jax.Array, steps: int = 5) -> jax.Array:
     wide = matrix.shape[-1] >= matrix.shape[-2]
     x = matrix if wide else jnp.matrix_transpose(matrix)
     axes = (-2, -1)
-    largest = jnp.max(jnp.abs(x), axes, keepdims=True)  # squares of x itself may underflow
+    # The squares of x itself may underflow.
+    largest = jnp.max(jnp.abs(x), axes, keepdims=True, initial=0.0)
     x = x / jnp.where(largest > 0, largest, 1.0)
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=axes, keepdims=True), 1.0)
     a, b, c = NEWTON_SCHULZ

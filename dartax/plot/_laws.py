@@ -135,7 +135,8 @@ def simplex(
 
     Args:
       metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
-      blocks: Names of leaves of three blocks; by default those that spend most at the end.
+      blocks: Names of leaves of three blocks of one DART; by default those of the first DART that
+        spend most at the end.
       steps: Steps to draw; four by default.
       draws: Number of points, positive.
       dark: Light ink on dark paper.
@@ -146,13 +147,19 @@ def simplex(
     """
     history = load(metrics)
     if blocks is None:
-        top = np.argsort(-history["concentration"][-1], kind="stable")[:3]
+        own = [i for i, label in enumerate(history.labels) if label == history.labels[0]]
+        top = sorted(own, key=lambda i: -history["concentration"][-1, i])[:3]
         blocks = [history.paths[i][0] for i in sorted(top)]
     history = history.select(blocks)
     if len(history.paths) != 3:
         raise ValueError(
             f"blocks must name leaves of three blocks, got {len(history.paths)}; pass three of "
             "those that were recorded."
+        )
+    if len(set(history.labels)) > 1:
+        raise ValueError(
+            "blocks must name leaves of one DART, got the labels "
+            f"{', '.join(map(repr, history.labels))}; pass blocks that share a budget."
         )
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}; 1500 is usual.")
