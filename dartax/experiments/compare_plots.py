@@ -25,7 +25,7 @@ def draw(config: CompareConfig, results: Cells, scores: Mapping[str, Any]) -> li
     for name, figure in (
         ("loss_curves", loss_curves(config, results, scores)),
         ("profiles", profiles(config, scores)),
-        ("initial_rate", initial_rate(config, scores)),
+        ("initial_rate", initial_rate(config, results)),
         ("learned_rates", learned_rates(config, results)),
     ):
         if figure is not None:
@@ -120,27 +120,39 @@ def profiles(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def initial_rate(config: CompareConfig, scores: Mapping[str, Any]) -> Figure | None:
-    """Draws the final loss over the initial rate of dart, and over the rate of the target."""
+def initial_rate(config: CompareConfig, results: Cells) -> Figure | None:
+    """Draws the final loss over the initial rate of dart, and over the rate of the target.
+
+    The unit of the losses is the one that the target reaches at its best rate.
+    """
     basins = [name for name, entrant in config.optimizers.items() if entrant.role == "basin"]
     shown = [*basins, config.target]
-    tasks = [task for task in config.tasks if any(n in scores["cells"][task] for n in basins)]
+    tasks = [task for task in config.tasks if any(n in results[task] for n in basins)]
     if not tasks:
         return None
     figure, panels = _panels(tasks)
+    lowest = 1.0
     for task, ax in panels.items():
-        cells = scores["cells"][task]
-        for name in (n for n in shown if n in cells):
-            color = TARGET if name == config.target else DART
-            ax.plot(
-                cells[name]["values"], cells[name]["means"], "o-", ms=3, color=color, label=name
-            )
-        best = min(min(cells[name]["means"]) for name in shown if name in cells)
+        unit = losses(results[task][config.target])[..., -1].mean(1).min()
+        for name in (n for n in shown if n in results[task]):
+            final = losses(results[task][name])[..., -1] / unit
+            kept = np.isfinite(final).all(1)
+            mean, seeds = final[kept].mean(1), final.shape[1]
+            error = final[kept].std(1, ddof=1) / seeds**0.5 if seeds > 1 else 0 * mean
+            ax.errorbar(
+                np.array(config.optimizers[name].values)[kept], mean, error, fmt="o-", ms=3,
+                capsize=2, color=TARGET if name == config.target else DART, label=name,
+            )  # fmt: skip
+            lowest = min([lowest, *(mean - error)])
         ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_ylim(best * 0.9, best * 3)
         ax.set_xlabel("rate given", fontsize=8)
-        ax.set_ylabel("final test loss", fontsize=8)
+        ax.set_ylabel("final test loss, ratio", fontsize=8)
+    for ax in panels.values():
+        ax.set_yscale("log")
+        ax.set_ylim(0.9 * lowest, 8.5)
+        ticks = [tick for tick in (0.25, 0.5, 1, 2, 4, 8) if tick > 0.9 * lowest]
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
     handles, labels = next(iter(panels.values())).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
