@@ -95,7 +95,7 @@ def scale_by_dirichlet(
         params = in_pairs(params)
         _probe.check_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
-        known = (
+        white_noise = (
             _probe.white_noise(inner, params, of_leaf, num_blocks)
             if rule.uses_walk
             else _walk.WhiteNoise()
@@ -114,7 +114,7 @@ def scale_by_dirichlet(
             concentration=concentration,
             moments=Moments(*(per_block() for _ in Moments._fields)),
             hyper_count=jnp.zeros(num_blocks, jnp.int32),
-            walk=_walk.empty_walk(known, num_blocks),
+            walk=_walk.empty_walk(white_noise, num_blocks),
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),

@@ -91,12 +91,12 @@ class Walk(NamedTuple):
     white_noise: WhiteNoise
 
 
-def empty_walk(known: WhiteNoise, num_blocks: int) -> Walk:
+def empty_walk(white_noise: WhiteNoise, num_blocks: int) -> Walk:
     """The walk before the first step."""
     # One buffer for each field: a donated state must not hold an array twice.
     fill = lambda value: jnp.full(num_blocks, value, jnp.float32)  # noqa: E731
     broadcast = lambda value: jnp.array(jnp.broadcast_to(value, num_blocks), jnp.float32)  # noqa: E731
-    return Walk(fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, known)))
+    return Walk(fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, white_noise)))
 
 
 def progress(walk: Walk, square_length: jax.Array) -> jax.Array:

@@ -94,4 +94,4 @@ def all_measured(monkeypatch):
     """No inner transform tells what it makes of white noise: ours and optax's are alike."""
     from dartax import _probe  # here, as XLA_FLAGS must be set before
 
-    monkeypatch.setattr(_probe, "declared", lambda inner: None)
+    monkeypatch.setattr(_probe, "fusable", lambda inner: None)

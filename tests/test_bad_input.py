@@ -52,8 +52,8 @@ def sentence(error):
         ({"memory_decay": jnp.ones(2)}, ValueError, r"memory_decay must be .* got shape \(2,\)"),
         ({"rate_budget": 10**400}, ValueError, "rate_budget must be a positive number, got 1000"),
         ({"blocks": "chanel"}, ValueError, "blocks must be one of 'tensor', 'channel', 'element', a tree .* got 'chanel'"),
-        ({"memory_dtype": "foo"}, TypeError, "memory_dtype must be a floating dtype, got 'foo'"),
-        ({"memory_dtype": "int32"}, TypeError, "memory_dtype must be a floating dtype, got 'int32'"),
+        ({"memory_dtype": "foo"}, TypeError, "memory_dtype must be a floating dtype of 16 bits or more, got 'foo'"),
+        ({"memory_dtype": "int32"}, TypeError, "memory_dtype must be a floating dtype of 16 bits or more, got 'int32'"),
         ({"inner": "adam"}, TypeError, "inner must be an optax.GradientTransformation, got 'adam'"),
         ({"inner": optax.adam}, TypeError, "inner must be an optax.GradientTransformation, got <function adam"),
         ({"learning_rate": float("inf")}, ValueError, "learning_rate must be .* got inf"),
@@ -77,8 +77,8 @@ def sentence(error):
         ({"mask": 3}, TypeError, "mask must be a tree of bools, .* got the leaf 3; pass e.g."),
         ({"mask": {"w": "yes"}}, TypeError, "mask must be a tree of bools, .* got the leaf 'yes'"),
         ({"mask": {"w": 1.0}}, TypeError, "mask must be a tree of bools, .* got the leaf 1.0"),
-        ({"memory_dtype": None}, TypeError, "memory_dtype must be a floating dtype, got None"),
-        ({"memory_dtype": "complex64"}, TypeError, "memory_dtype must be a floating dtype, got 'complex64'"),
+        ({"memory_dtype": None}, TypeError, "memory_dtype must be a floating dtype of 16 bits or more, got None"),
+        ({"memory_dtype": "complex64"}, TypeError, "memory_dtype must be a floating dtype of 16 bits or more, got 'complex64'"),
     ],
 )  # fmt: skip
 def test_dart_arguments(arguments, error, match):

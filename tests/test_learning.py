@@ -157,3 +157,28 @@ def test_a_block_without_gradients_is_not_moved_by_the_others(inner, period):
     np.testing.assert_array_equal(found["change"][~has], 0.0)
     assert np.mean(found["change"][has] != 0) > 0.8
     assert optax.tree.get(state, "hyper_count").tolist() == [399, int(np.sum(has[1:]))]
+
+
+def test_momentum_survives_a_curvature_that_rises_in_mid_run():
+    # After 3,000 steps rates fall slowly, as 1 / t. A surprise divides them at once: without it
+    # the loss would rise to 359 here.
+    root = jnp.logspace(-1, 0, 50)[:, None] * jax.random.orthogonal(jax.random.key(1), 50)
+    optimizer = dartax.dart(inner=dartax.inner.momentum(), key=1)
+    params = {"b": jnp.ones(10), "w": jnp.ones((5, 10))}
+
+    def step(carry, t):
+        params, state = carry
+
+        def loss_fn(params):
+            flat = jnp.sum((root @ params["w"].ravel()) ** 2)
+            steep = jnp.sum(params["w"][0] ** 2) + jnp.sum(params["b"] ** 2)
+            return 0.5 * flat + jnp.where(t < 3000, 0.5, 50.0) * steep
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(4000))[1])
+    loss = np.asarray(run((params, optimizer.init(params))))
+    assert loss[2999] < 1e-12
+    assert loss[3000:].max() < 1e-6
