@@ -34,11 +34,11 @@ def draw(config: CompareConfig, results: Cells, scores: Mapping[str, Any]) -> li
     return paths
 
 
-def _panels(titles: list[str]) -> tuple[Figure, dict[str, Axes]]:
+def _panels(titles: list[str], height: float = 2.7) -> tuple[Figure, dict[str, Axes]]:
     """Makes a figure with one panel per title, at most four in a row."""
     columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.4 * columns, height * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in grid[len(titles) :]:
         ax.set_axis_off()
@@ -166,7 +166,7 @@ def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
     tasks = [task for task in config.tasks if "rates" in results[task].get(dart, {})]
     if not tasks:
         return None
-    figure, panels = _panels(tasks)
+    figure, panels = _panels(tasks, height=3.4)
     for task, ax in panels.items():
         rates = results[task][dart]["rates"]
         steps = config.tasks[task].steps / config.evaluations
@@ -178,5 +178,7 @@ def learned_rates(config: CompareConfig, results: Cells) -> Figure | None:
         ax.set_xlabel("step", fontsize=8)
         ax.set_ylabel("learning rate", fontsize=8)
         if len(rates) <= 8:
-            ax.legend(fontsize=6, framealpha=0.7, edgecolor="none", ncols=2)
+            ax.legend(
+                fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22)
+            )
     return figure
