@@ -206,13 +206,12 @@ def test_leaves_of_a_block_are_drawn_once():
 
 
 def test_several_darts():
-    params = {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(2)}
-    state = optax.partition(
-        {"x": dartax.dart(), "y": dartax.paper_dart()}, {"a": "x", "b": "y", "c": "y"}
-    ).init(params)
+    params = {"a": jnp.ones(3), "b": jnp.ones(2), "c": jnp.ones(2), "d": jnp.ones(2)}
+    labels = {"a": "x", "b": "y", "c": "y", "d": "y"}
+    state = optax.partition({"x": dartax.dart(), "y": dartax.paper_dart()}, labels).init(params)
     history = load([dartax.metrics(state, params)])
-    assert history.labels == ("x", "y", "y")
-    np.testing.assert_allclose(history["concentration_total"], [[1e5, 2.0, 2.0]], rtol=1e-5)
+    assert history.labels == ("x", "y", "y", "y")
+    np.testing.assert_allclose(history["concentration_total"], [[1e5, 3.0, 3.0, 3.0]], rtol=1e-5)
     for draw in FUNCTIONS:
         # One step, too, makes a picture.
         png(draw([dartax.metrics(state, params)]))

@@ -135,8 +135,8 @@ def simplex(
 
     Args:
       metrics: Recorded metrics, in any form that :mod:`dartax.plot` takes.
-      blocks: Names of leaves of three blocks of one DART; by default those of the first DART that
-        spend most at the end.
+      blocks: Names of leaves of three blocks of one DART; by default those of the largest DART
+        that spend most at the end.
       steps: Steps to draw; four by default.
       draws: Number of points, positive.
       dark: Light ink on dark paper.
@@ -147,7 +147,8 @@ def simplex(
     """
     history = load(metrics)
     if blocks is None:
-        own = [i for i, label in enumerate(history.labels) if label == history.labels[0]]
+        largest = max(history.labels, key=history.labels.count)
+        own = [i for i, label in enumerate(history.labels) if label == largest]
         top = sorted(own, key=lambda i: -history["concentration"][-1, i])[:3]
         blocks = [history.paths[i][0] for i in sorted(top)]
     history = history.select(blocks)
