@@ -372,7 +372,8 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     the last quarter of the steps so far. It is yours to keep, beside ``params``: start with
     ``mean = params``, and after update number ``step``, from 0 on,
     ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``. If you do neither, leave both
-    out: the rates then fall where the steps follow noise.
+    out: the rates then fall where the steps follow noise. Around plain gradients and momentum
+    nothing counts as noise, so there they can grow far too large on noisy gradients.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One
