@@ -1,6 +1,5 @@
 """Parameter blocks: which leaf of the parameter tree takes which learning rate."""
 
-import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ from dartax._trees import PyTree, path_names
 
 Labels = PyTree | Callable[[str], Hashable] | None
 
+# A sample that has been heard may be silent for so many updates before it moves on.
+PATIENCE = 100
 # Squares from here on overflow float32.
 LARGEST_ROOT = 2.0**64
 
@@ -110,7 +111,11 @@ def blocks_of(params: PyTree, labels: Labels, index: Any, phase: jax.Array) -> B
     return Blocks(of_leaf, num_blocks, index, phase)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@jax.jit  # compiled once for every shape
+def _sum_of_squares(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+
+
 def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax.Array:
     """Root mean square of the elements of every block's matrices, at most 2**64, ``[K]``.
 
@@ -119,26 +124,38 @@ def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax
     Matrices are leaves of two or more dimensions. Biases start at 0 and the scales of a
     normalization at 1, whatever the size of the weights that they belong to.
     """
-    squares, sizes = jnp.zeros(num_blocks, jnp.float32), np.zeros(num_blocks, np.float32)
-    for leaf, block in zip(map(jnp.asarray, jax.tree.leaves(params)), of_leaf, strict=True):
-        if leaf.ndim >= 2:
-            squares = squares.at[block].add(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
-            sizes[block] += leaf.size
-    return jnp.minimum(root(squares / np.maximum(sizes, 1)), LARGEST_ROOT)
+    pairs = zip(map(jnp.asarray, jax.tree.leaves(params)), of_leaf, strict=True)
+    matrices = [(leaf, block) for leaf, block in pairs if leaf.ndim >= 2]
+    if not matrices:
+        return jnp.zeros(num_blocks, jnp.float32)
+    blocks = np.array([block for _, block in matrices])
+    sizes = np.bincount(blocks, [leaf.size for leaf, _ in matrices], num_blocks)
+    squares = jnp.stack([_sum_of_squares(leaf) for leaf, _ in matrices])
+    squares = jnp.zeros(num_blocks, jnp.float32).at[blocks].add(squares)
+    return jnp.minimum(root(squares / np.maximum(sizes, 1).astype(np.float32)), LARGEST_ROOT)
 
 
-def blind(
-    count: jax.Array, num: jax.Array, squares: jax.Array, is_sampled: np.ndarray
-) -> jax.Array:
-    """Whether a block has gradients but has never had a hypergradient, bool ``[K]``.
-
-    Its sample probably lies in rows without gradients, as most rows of an embedding table are. So
-    the block forgets its memory, and its samples move on by one row.
+def unheard(before: jax.Array, h: jax.Array, squares: jax.Array, count: jax.Array) -> jax.Array:
+    """Updates of every block with a gradient since its last hypergradient that was not 0, ``[K]``.
 
     Args:
-      count: Updates so far.
-      num: Hypergradients of every block so far that were not 0, ``[K]``.
-      squares: Sum of the squares of its gradient, ``[K]``.
-      is_sampled: Whether its memory leaves elements out, ``[K]``.
+      before: The same at the last update, ``[K]``.
+      h: Hypergradients, ``[K]``.
+      squares: Sums of the squares of the gradients, ``[K]``.
+      count: Updates so far. Before the first one there is no memory to judge.
     """
-    return (count > 0) & (num == 0) & (squares > 0) & is_sampled
+    silent = (h == 0) & (squares > 0) & (count > 0)
+    return jnp.where(h != 0, 0, before + silent.astype(jnp.int32))
+
+
+def blind(unheard: jax.Array, is_sampled: np.ndarray) -> jax.Array:
+    """Whether the sample of a block probably lies in rows without gradients, bool ``[K]``.
+
+    Most rows of an embedding table are so. The block then forgets its memory, and its samples move
+    on by one row at every update, until one of them is heard.
+
+    Args:
+      unheard: Updates with a gradient since the last hypergradient that was not 0, ``[K]``.
+      is_sampled: Whether the block's memory leaves elements out, ``[K]``.
+    """
+    return (unheard > PATIENCE) & is_sampled

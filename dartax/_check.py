@@ -17,6 +17,8 @@ import optax
 
 # The largest value accepted, just below float32's largest. NaN fails every check.
 LARGEST = 3.4e38
+# The hypergradients of still smaller rates are so small that their squares can be 0 in float32.
+LEAST_RATE = 1e-12
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -87,7 +89,8 @@ def below(low_name: str, low: Any, high_name: str, high: Any) -> None:
 def rates(init_rate: Any, min_rate: Any, rate_budget: Any) -> None:
     """Checks ``0 <= min_rate < init_rate < rate_budget``."""
     positive = lambda v: v > 0  # noqa: E731
-    number("init_rate", init_rate, "a positive number", positive, "1e-4 is usual")
+    least = f"a number of at least {LEAST_RATE}"
+    number("init_rate", init_rate, least, lambda v: v >= LEAST_RATE, "1e-4 is usual")
     number("rate_budget", rate_budget, "a positive number", positive, "1.0 is usual")
     number("min_rate", min_rate, "a non-negative number", lambda v: v >= 0, "pass 0.0")
     below("init_rate", init_rate, "rate_budget", rate_budget)
@@ -127,9 +130,24 @@ def first_rate(
             )
 
 
-def decay(name: str, value: Any) -> None:
+def decay(name: str, value: Any, usual: float = 0.9) -> None:
     """Checks the decay of a moving average."""
-    number(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1, "0.9 is usual")
+    number(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1, f"{usual} is usual")
+
+
+def rounded_decay(name: str, value: Any) -> None:
+    """Checks that the decay in a scalar array, unless it is traced, was not rounded to 1."""
+    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value >= 1:
+        raise ValueError(
+            f"{name} must be below 1, got {value.astype(jnp.float32)} as {value.dtype}; with "
+            "optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
+        )
+
+
+def eps(value: Any) -> None:
+    """Checks what keeps a root from dividing by 0: no subnormal number, which may count as 0."""
+    tiny = float(np.finfo(np.float32).tiny)
+    number("eps", value, f"a number of at least {tiny:.3g}", lambda v: v >= tiny, "1e-8 is usual")
 
 
 def schedule(name: str, value: Any) -> None:
@@ -185,7 +203,7 @@ def scalar(name: str, value: Any, fix: str) -> Any:
 
 
 def mask(value: Any, name: str = "mask") -> None:
-    """Checks a tree of bools, or a function that gives one."""
+    """Checks ``None``, a tree of bools, or a function that gives one."""
     if is_function(value):
         return
     for leaf in jax.tree.leaves(value):
@@ -194,6 +212,21 @@ def mask(value: Any, name: str = "mask") -> None:
                 f"{name} must be a tree of bools, or a function from params to one, got the leaf "
                 f"{leaf!r}; pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params)."
             )
+
+
+def chosen(value: Any, tree: Any, name: str = "mask") -> Any:
+    """The bools that ``value``, which passed :func:`mask`, gives for every leaf of ``tree``."""
+    found = value(tree) if is_function(value) else value
+    mask(found, name)
+    try:
+        spread = lambda flag, part: jax.tree.map(lambda _: flag, part)  # noqa: E731
+        return jax.tree.map(spread, found, tree)
+    except (ValueError, TypeError) as error:
+        got = "None" if found is None else jax.tree.structure(found)
+        raise ValueError(
+            f"{name} must give a tree with the structure of params or a prefix of it, got {got}; "
+            "pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params)."
+        ) from error
 
 
 def weight_decay(value: Any) -> None:
@@ -235,15 +268,20 @@ def transformation(name: str, value: Any) -> None:
 
 
 def floating_dtype(name: str, value: Any) -> None:
-    """Checks a floating dtype or its name. In 8 bits, squares of small steps would be 0."""
+    """Checks a floating dtype, or its name, with the range of float32.
+
+    In float16 and in 8 bits, small steps and moments would be 0.
+    """
     try:
         # NumPy reads None as float64.
         dtype = None if value is None else jnp.dtype(value)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
-            return
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+            in_range = jnp.finfo(dtype).tiny <= jnp.finfo(jnp.float32).tiny
+            if in_range:
+                return
     except TypeError:
         pass
     raise TypeError(
-        f"{name} must be a floating dtype of 16 bits or more, got {value!r}; pass 'bfloat16' or "
-        "'float32'."
+        f"{name} must be a floating dtype with the range of float32, got {value!r}; pass "
+        "'bfloat16' or 'float32'."
     )

@@ -23,8 +23,8 @@ user's schedule, T its length, and A in [0, 1] the part of f that it will still 
 evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 under any schedule. Let r_i be the
 progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of their
 directions (``_walk.py``). Let rate_i be the mean rate of the block without f, z_i the root mean
-square of its memory, and w_i that of its matrices at ``init``, or the smallest w of other blocks if
-it has none. Then
+square of its memory, and w_i that of its matrices at ``init``. A block without matrices takes the
+smallest w of the others, or 0.04 if all are 0. Then
 
     ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t_i)) * max(1, 0.025 w_i / rate_i)
     limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
@@ -41,7 +41,7 @@ any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t_i, up to the
 third. *fallen* is how far log f has just fallen; it counts toward that fall. Noise needs no fall if
 the rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than
-half the size of its weights; without any matrix that clip is 1.
+half the size of its weights.
 
 Where G_i is more than 10 times the root mean square of the gradients before it, a_i drops by log 10
 in place of the change above: steps that diverge leave no time for averages. Whenever a_i falls, the
@@ -75,6 +75,9 @@ GROWTH, RAMP, SHORT_RUN = 0.05, 20.0, 10.0
 # The ramp is steeper than that while a step with directions of size 1, such as Adam's, changes less
 # than SMALL_STEP of the weights: up to FAST_GROWTH per update.
 SMALL_STEP, FAST_GROWTH = 2.5e-2, 1.0
+# What counts as the size of the weights of a model without matrices, or whose matrices are 0: rates
+# up to 1e-3, which is usual for Adam, are small steps then.
+UNKNOWN_WEIGHTS = 0.04
 # Rates may grow while s is above -TOLERANCE; progress, noise and the schedule can reduce this.
 # (Half of this value loses on Burgers' equation: configs/compare/README.md.)
 TOLERANCE = 0.3
@@ -108,13 +111,14 @@ def confined(context: Context) -> jax.Array:
 
 
 def weight_scale(context: Context) -> jax.Array:
-    """Root mean square of the weights of every block, ``[K]``; 0 where nothing is known.
+    """Root mean square of the weights of every block, ``[K]``.
 
     A block without matrices takes the smallest value of the others.
     """
     known = context.weight_rms > 0
     smallest = jnp.min(jnp.where(known, context.weight_rms, jnp.inf), initial=jnp.inf)
-    return jnp.where(known, context.weight_rms, jnp.where(jnp.isfinite(smallest), smallest, 0.0))
+    others = jnp.where(jnp.isfinite(smallest), smallest, UNKNOWN_WEIGHTS)
+    return jnp.where(known, context.weight_rms, others)
 
 
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
@@ -135,9 +139,8 @@ def tolerance(context: Context) -> jax.Array:
 
 def carried_away(context: Context) -> jax.Array:
     """How clearly the past steps moved a block by more than half its weights' size, ``[K]``."""
-    scale = weight_scale(context)
-    distance = context.displacement / jnp.where(scale > 0, scale, 1.0)
-    return jnp.where(scale > 0, jnp.clip((2 * distance) ** 2 - 1, 0.0, 1.0), 1.0)
+    distance = context.displacement / weight_scale(context)
+    return jnp.clip((2 * distance) ** 2 - 1, 0.0, 1.0)
 
 
 def retreat(s: jax.Array) -> jax.Array:
@@ -318,7 +321,7 @@ def scale_by_dart(
     _check.not_a_rate(learning_rate, greatest(learning_rate))
     _check.rates(init_rate, min_rate, rate_budget)
     _check.within("concentration", concentration, "[1e-4, 1e4]", "10.0 is usual")
-    _check.decay("memory_decay", memory_decay)
+    _check.decay("memory_decay", memory_decay, usual=0.999)
     _check.floating_dtype("memory_dtype", memory_dtype)
     _check.weight_decay(weight_decay)
     _check.mask(mask)
@@ -372,8 +375,7 @@ def dart(  # noqa: D417  (arguments shared with scale_by_dart are described ther
     the last quarter of the steps so far. It is yours to keep, beside ``params``: start with
     ``mean = params``, and after update number ``step``, from 0 on,
     ``mean = optax.incremental_update(params, mean, 8 / (step + 8))``. If you do neither, leave both
-    out: the rates then fall where the steps follow noise. Around plain gradients and momentum
-    nothing counts as noise, so there they can grow far too large on noisy gradients.
+    out: the rates then fall where the steps follow noise.
 
     Args:
       learning_rate: Float or optax schedule that multiplies the learned rates; not a rate. One

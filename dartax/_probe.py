@@ -84,10 +84,8 @@ def white_noise(
     total = np.maximum(np.bincount(of_leaf, sizes, num_blocks), 1)
     means = [np.bincount(of_leaf, sizes * value, num_blocks) / total for value in leaves]
     # (Power has no meaning for a block if it has none for one of its leaves.)
-    some = lambda which: np.bincount(of_leaf, which, num_blocks) > 0  # noqa: E731
-    fixed_size = some(leaves.fixed_size) & ~some((leaves.power == 0) & (leaves.fixed_size == 0))
-    power = np.where(some(leaves.power == 0), 0.0, means[2])
-    return WhiteNoise(means[0], means[1], power, fixed_size.astype(float))
+    unknown = np.bincount(of_leaf, leaves.power == 0, num_blocks) > 0
+    return WhiteNoise(means[0], means[1], np.where(unknown, 0.0, means[2]))
 
 
 def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
@@ -152,12 +150,10 @@ def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
     power = noise[:, 0]
     moves = power > 0
     positive = np.where(moves, power, 1.0)
-    scales = ~moves | (np.abs(twice[:, 0] / positive - 1) >= 0.1)
-    tells = signal[:, 0] > LEAST_CONTRAST * power
-    fixed_size = np.where(scales | tells, 0.0, 1.0)
-    power = np.where(~scales & tells, power, 0.0)
+    tells = moves & (np.abs(twice[:, 0] / positive - 1) < 0.1)
+    tells &= signal[:, 0] > LEAST_CONTRAST * power
     fitted = np.array([_fit(row) for row in noise[:, 1:] / positive[:, None]])
-    return WhiteNoise(fitted[:, 0], fitted[:, 1], power, fixed_size)
+    return WhiteNoise(fitted[:, 0], fitted[:, 1], np.where(tells, power, 0.0))
 
 
 def _small_shape(ndim: int, width: int) -> tuple[int, ...]:

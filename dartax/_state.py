@@ -11,7 +11,7 @@ from dartax._trees import PyTree
 from dartax._walk import Walk
 
 # Layout of the state below.
-VERSION = 13
+VERSION = 14
 
 
 class Moments(NamedTuple):
@@ -50,6 +50,8 @@ class ScaleByDartState(NamedTuple):
       moments: Moving averages of the gradient with respect to them, of the blocks.
       hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
       walk: Lengths of the past steps, and what they would add up to under white noise.
+      unheard: Updates of every block with a gradient since its last hypergradient that was not 0,
+        int32 ``[K]``.
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
@@ -75,6 +77,7 @@ class ScaleByDartState(NamedTuple):
     moments: Moments
     hyper_count: jax.Array
     walk: Walk
+    unheard: jax.Array
     sample_phase: jax.Array
     weight_rms: jax.Array
     hypergradient: jax.Array

@@ -92,6 +92,7 @@ def scale_by_dirichlet(
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _trees.check_params(params)
+        _check.rounded_decay("memory_decay", memory_decay)
         params = in_pairs(params)
         _probe.check_sign("inner", inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
@@ -115,6 +116,7 @@ def scale_by_dirichlet(
             moments=Moments(*(per_block() for _ in Moments._fields)),
             hyper_count=jnp.zeros(num_blocks, jnp.int32),
             walk=_walk.empty_walk(white_noise, num_blocks),
+            unheard=jnp.full(num_blocks, _blocks.PATIENCE, jnp.int32),  # a first sample is a guess
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
@@ -145,7 +147,7 @@ def scale_by_dirichlet(
     def decayed(direction, remembered, params, state, blocks):
         """The direction and what the memory holds of it, with the weight decay."""
         # (As in optax, a mask that is a function sees the directions: shapes and dtypes are alike.)
-        where = mask(direction) if _check.is_function(mask) else mask
+        where = None if mask is None else _check.chosen(mask, direction)
         decay = decayed_weights(weight_decay, where)
         direction, _ = decay.update(direction, decay.init(params), params)
         part = arithmetic.part(params, state.step_memory, blocks)
@@ -182,7 +184,8 @@ def scale_by_dirichlet(
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(h) & jnp.isfinite(moments.hyper_nu))
         is_sampled = sizes < blocks.sizes(updates)
-        blind = _blocks.blind(context.updates, context.num, gradient_squares, is_sampled)
+        unheard = _blocks.unheard(state.unheard, h, gradient_squares, context.updates)
+        blind = _blocks.blind(unheard, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
@@ -211,7 +214,8 @@ def scale_by_dirichlet(
         if_taken = if_skipped._replace(
             key=next_key(state, step_key), concentration=concentration, moments=moments, walk=walk,
             hyper_count=context.num, hypergradient=h, last_draw=draw, last_multiplier=multiplier,
-            sample_phase=blocks.phase, min_rate=jnp.asarray(low), rate_budget=jnp.asarray(high),
+            unheard=unheard, sample_phase=blocks.phase, min_rate=jnp.asarray(low),
+            rate_budget=jnp.asarray(high),
         )  # fmt: skip
         updates = out_of_pairs(updates, given["updates"])
         return updates, arithmetic.select(taken, if_taken, if_skipped)._replace(

@@ -27,15 +27,16 @@ Here u_i is the direction as it is remembered, with the weight decay. That hides
 the decayed weights are below a tenth of Adam's directions: weight_decay * w_i < 0.1.
 
 In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
-noise to cancel: power is above 1, and nothing is taken for noise yet. Power says nothing where
-directions have the same size whatever the gradients do, as their signs and Muon's have. There
-everything may be noise after as many updates, and progress alone tells. With t_i hypergradients so
-far,
+noise to cancel: power is above 1, and nothing is taken for noise yet.
 
-    noise_i = clip(t_i / UNTOLD - 1, 0, 1)
+Other directions have a size that depends on the scale of the loss, as plain gradients have, or the
+same size whatever the gradients do, as their signs and Muon's. For them p is the average of their
+own mean square over about 100 updates. Gradients without noise shrink as the loss falls, and their
+power is below 1; noise keeps its size. Where the size is always the same, everything may be noise,
+and progress alone tells. As t_i, the number of hypergradients so far, grows, so does the trust in
+that p:
 
-The size of plain gradients depends on the scale of the loss. There noise is 0: steps that follow
-such gradients shrink with them.
+    noise_i = min(clip(t_i / UNTOLD - 1, 0, 1), clip(2 - |log power_i| / NOISE_WIDTH, 0, 1))
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
@@ -45,14 +46,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dartax._averages import root
+from dartax._averages import debias, root
 
-# Average of the mean square of the directions, over about 20 updates.
-POWER_DECAY = 0.95
+# Averages of the mean square of the directions, over about 20 and 100 updates.
+POWER_DECAY, USUAL_DECAY = 0.95, 0.99
 # Power counts fully as noise while |log power| is below this, and not at all from twice this on.
 NOISE_WIDTH = 0.3
-# Where all directions have one size, nothing counts as noise for so many updates, and from twice
-# this on everything. Earlier, steps that agree have no more progress than a free walk of averages.
+# Where white noise has no known power, nothing counts as noise for so many updates, and from twice
+# this on everything may. Earlier, the averages are alike, and steps that agree have no more
+# progress than a free walk.
 UNTOLD = 25
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15
@@ -65,14 +67,11 @@ class WhiteNoise(NamedTuple):
       agreement: a, in [0, 1].
       persistence: c, in [0, 1).
       power: p, mean square of the directions; 0 where it does not tell noise from signal.
-      fixed_size: 1 where that is so because it is the same for all gradients; else 0, as where it
-        depends on their scale.
     """
 
     agreement: Any = 0.0
     persistence: Any = 0.0
     power: Any = 0.0
-    fixed_size: Any = 0.0
 
 
 class Walk(NamedTuple):
@@ -82,12 +81,14 @@ class Walk(NamedTuple):
       free: Expected squared length of the memory of a free walk, ``[K]``.
       overlap: Expected inner product of the memory and the next direction of length 1, ``[K]``.
       power: Average of the mean square of the directions, ``[K]``.
+      usual_power: The same over more updates, ``[K]``.
       white_noise: What the inner transform makes of white noise.
     """
 
     free: jax.Array
     overlap: jax.Array
     power: jax.Array
+    usual_power: jax.Array
     white_noise: WhiteNoise
 
 
@@ -96,7 +97,7 @@ def empty_walk(white_noise: WhiteNoise, num_blocks: int) -> Walk:
     # One buffer for each field: a donated state must not hold an array twice.
     fill = lambda value: jnp.full(num_blocks, value, jnp.float32)  # noqa: E731
     broadcast = lambda value: jnp.array(jnp.broadcast_to(value, num_blocks), jnp.float32)  # noqa: E731
-    return Walk(fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, white_noise)))
+    return Walk(fill(0), fill(0), fill(0), fill(0), WhiteNoise(*map(broadcast, white_noise)))
 
 
 def progress(walk: Walk, square_length: jax.Array) -> jax.Array:
@@ -106,12 +107,13 @@ def progress(walk: Walk, square_length: jax.Array) -> jax.Array:
 
 
 def power(walk: Walk, count: jax.Array) -> jax.Array:
-    """Mean square of the directions over that under white noise, ``[K]``; 0 where it says nothing.
+    """Mean square of the directions over that under white noise, ``[K]``; 0 if they were all 0.
 
-    ``count`` is how many updates the average holds.
+    ``count`` is how many updates the averages hold.
     """
-    average = walk.power / (1 - POWER_DECAY ** jnp.maximum(count, 1).astype(jnp.float32))
-    white = walk.white_noise.power
+    average = debias(walk.power, POWER_DECAY, count)
+    usual = debias(walk.usual_power, USUAL_DECAY, count)
+    white = jnp.where(walk.white_noise.power > 0, walk.white_noise.power, usual)
     return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
 
 
@@ -124,8 +126,8 @@ def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
     positive = ratio > 0  # directions that are all 0 are no noise
     distance = jnp.abs(jnp.log(jnp.where(positive, ratio, 1.0)))
     told = jnp.where(positive, 2 - distance / NOISE_WIDTH, 0.0)
-    untold = num.astype(jnp.float32) / UNTOLD - 1
-    return jnp.clip(jnp.where(walk.white_noise.fixed_size > 0, untold, told), 0.0, 1.0)
+    trust = jnp.where(walk.white_noise.power > 0, 1.0, num.astype(jnp.float32) / UNTOLD - 1)
+    return jnp.clip(jnp.minimum(trust, told), 0.0, 1.0)
 
 
 def advance(
@@ -144,10 +146,12 @@ def advance(
     squares = jnp.minimum(squares, LARGEST_LENGTH**2)
     length = jnp.minimum(weights * root(squares), LARGEST_LENGTH)
     overlap = keep * walk.overlap
+    sizes = jnp.maximum(sizes, 1)
     return walk._replace(
         free=keep**2 * walk.free + 2 * length * overlap + length**2,
         overlap=white.persistence * (overlap + white.agreement * length),
-        power=POWER_DECAY * walk.power + (1 - POWER_DECAY) * squares / jnp.maximum(sizes, 1),
+        power=POWER_DECAY * walk.power + (1 - POWER_DECAY) * squares / sizes,
+        usual_power=USUAL_DECAY * walk.usual_power + (1 - USUAL_DECAY) * squares / sizes,
     )
 
 

@@ -102,7 +102,7 @@ def dart(
     concentration=10.0, memory_decay=0.999, weight_decay=0.0,
     multiplier: Callable[[int], float] = lambda t: 1.0, labels: dict[str, int] | None = None,
     sample: dict[str, np.ndarray] | None = None,
-    white_noise: tuple[Any, Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9, 0.0),
+    white_noise: tuple[Any, Any, Any] = (1.0, 0.9, 0.1 / 1.9),
     schedule_steps: float = np.inf, averaged: bool = False,
 ):  # fmt: skip
     """The learning-rate-free form with slack; yields params, concentrations, rates.
@@ -122,7 +122,7 @@ def dart(
             matrices[labels[name]].extend(params[name].ravel())
     rms = [np.sqrt(np.mean(np.square(elements))) if elements else 0.0 for elements in matrices]
     smallest = min([value for value in rms if value > 0], default=0.0)
-    rms = [value or smallest for value in rms]
+    rms = [value or smallest or 0.04 for value in rms]
     slack = concentration * ((rate_budget - min_rate) / (init_rate - min_rate) - K)
     a = np.append(np.full(K, concentration), slack)
     m, v = np.zeros(K), np.zeros(K)
@@ -131,7 +131,7 @@ def dart(
     past = [[] for _ in range(K)]  # of every step since the start: its length in z, and its decay
     powers = [[] for _ in range(K)]
     white_noise = (np.broadcast_to(value, K) for value in white_noise)
-    agreement, persistence, white_power, fixed_size = white_noise
+    agreement, persistence, white_power = white_noise
 
     def kept_part(x, name):
         return x[(sample or {}).get(name, ...)]
@@ -148,13 +148,13 @@ def dart(
         """Progress and noise of a block, and the mean square of its memory."""
         members = [name for name in names if labels[name] == i]
         length = sum(np.sum(kept_part(z[name], name) ** 2) for name in members)
-        weights = 0.05 * 0.95 ** np.arange(t)[::-1]
-        power = np.sum(weights * powers[i]) / np.sum(weights)
-        if fixed_size[i]:
-            noise = np.clip(n[i] / 25 - 1, 0, 1)
-        else:
-            ratio = power / white_power[i] if power * white_power[i] else np.inf
-            noise = np.clip(2 - abs(np.log(ratio)) / 0.3, 0, 1)
+        power, usual = (
+            np.average(powers[i], weights=d ** np.arange(t)[::-1]) for d in (0.95, 0.99)
+        )
+        ratio = power / (white_power[i] or usual)
+        noise = np.clip(2 - abs(np.log(ratio)) / 0.3, 0, 1)
+        if not white_power[i]:
+            noise = min(noise, np.clip(n[i] / 25 - 1, 0, 1))
         size = sum(kept_part(z[name], name).size for name in members)
         return length / free_walk(i), noise, length / size
 
@@ -189,7 +189,7 @@ def dart(
                 limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
                 limit *= np.clip(2 * progress, 0, 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
-                carried_away = np.clip(4 * displacement / rms[i] ** 2 - 1, 0, 1) if rms[i] else 1.0
+                carried_away = np.clip(4 * displacement / rms[i] ** 2 - 1, 0, 1)
                 astray = noise * np.clip(3 - progress, 0, 1) * max(1 - annealing, carried_away)
                 confined = max(1 - 2 * progress, 0)
                 change = limit * np.clip(s[i] + tolerance, 0, 1)

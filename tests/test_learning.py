@@ -182,3 +182,56 @@ def test_momentum_survives_a_curvature_that_rises_in_mid_run():
     loss = np.asarray(run((params, optimizer.init(params))))
     assert loss[2999] < 1e-12
     assert loss[3000:].max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.identity(), dartax.inner.momentum()], ids=["sgd", "momentum"]
+)
+@pytest.mark.parametrize(
+    ("curvature", "noise", "schedule", "most"),
+    [
+        # A tuned rate gives 0.43 here, and one that does not fall on noise 2.
+        (np.logspace(-3, 0, 100), 1.0, 1.0, 0.7),
+        # Where gradients shrink with the loss, nothing is noise. Rates that fell would leave 0.3.
+        (np.array([0.05, 1.0, 20.0]), 0.0, optax.linear_schedule(1.0, 0.0, 500), 3e-3),
+    ],
+    ids=["noise", "no noise"],
+)
+def test_gradients_that_keep_their_size_are_noise(inner, curvature, noise, schedule, most):
+    def train(key):
+        optimizer = dartax.dart(schedule, inner=inner, key=key)
+        params = jnp.ones(len(curvature))
+
+        def step(carry, key):
+            params, state = carry
+            grads = curvature * params + noise * jax.random.normal(key, params.shape)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        steps = 2000 if noise else 500
+        keys = jax.random.split(key, steps)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return 0.5 * jnp.sum(curvature * params**2)
+
+    assert jnp.mean(jax.jit(jax.vmap(train))(KEYS[:8])) < most
+
+
+def test_a_model_that_starts_at_zero_learns_from_gradients_that_are_mostly_noise():
+    # The signal is a thirtieth of the noise: rates that fell from the start would leave 1.
+    target = jax.random.normal(jax.random.key(7), (50,))
+
+    def train(key):
+        optimizer = dartax.dart(optax.linear_schedule(1.0, 0.0, 4000), key=key)
+        params = jnp.zeros(50)
+
+        def step(carry, key):
+            params, state = carry
+            grads = params - target + 30.0 * jax.random.normal(key, params.shape)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        keys = jax.random.split(key, 4000)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return jnp.sum((params - target) ** 2) / jnp.sum(target**2)
+
+    assert jnp.mean(jax.jit(jax.vmap(train))(KEYS[:8])) < 0.8

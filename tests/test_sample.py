@@ -211,6 +211,29 @@ def test_few_rows_with_gradients_are_found(shape, live, inner, weight_decay):
     assert np.all(optax.tree.get(state, "skipped") == 0)
 
 
+def test_the_sample_follows_the_rows_with_gradients():
+    # The rows that trained first fall silent; none of the others is in the sample.
+    optimizer = dartax.dart()
+    params = jnp.zeros((20_000, 32))
+    first, later = jnp.asarray([0]), jnp.asarray([12_345])
+
+    @jax.jit
+    def train(params, state, live):
+        def step(carry, _):
+            params, state = carry
+            grads = jax.grad(lambda params: jnp.sum((params[live] - 3.0) ** 2))(params)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), length=600)[0]
+
+    params, state = train(params, optimizer.init(params), first)
+    phase = int(optax.tree.get(state, "sample_phase")[0])
+    params, state = train(params, state, later)
+    assert optax.tree.get(state, "sample_phase")[0] > phase
+    assert jnp.sum((params[later] - 3.0) ** 2) < 1e-2 * 32 * 9.0
+
+
 def test_few_rows_with_gradients_are_found_beside_other_blocks():
     # Both tables start without a hypergradient, while that of the layer is not 0.
     live, optimizer = jnp.asarray([12_345]), dartax.dart()

@@ -50,7 +50,7 @@ def adam(
     """
     _check.decay("b1", b1)
     _check.decay("b2", b2)
-    _check.number("eps", eps, "a positive number", lambda v: v > 0, "1e-8 is usual")
+    _check.eps(eps)
     _check.number("eps_root", eps_root, "a non-negative number", lambda v: v >= 0, "0.0 is usual")
     if mu_dtype is not None:
         _check.floating_dtype("mu_dtype", mu_dtype)
