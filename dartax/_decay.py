@@ -17,6 +17,5 @@ def decayed_weights(weight_decay: Number, mask: Any) -> optax.GradientTransforma
     """``optax.add_decayed_weights``, without need of the parameters for a decay of a Python 0."""
     if not decays(weight_decay):
         return optax.identity()
-    # optax would call a tree that can be called, such as a module.
-    chosen = mask if mask is None or _check.is_function(mask) else lambda _: mask
+    chosen = None if mask is None else lambda tree: _check.chosen(mask, tree)
     return optax.add_decayed_weights(weight_decay, chosen)

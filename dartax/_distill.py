@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dartax import _check
 from dartax._history import load
+from dartax._schedule import value_at
 from dartax._trees import PyTree, path_names
 
 
@@ -102,7 +104,7 @@ def _interpolation(steps: np.ndarray, rates: np.ndarray) -> optax.Schedule:
 
 
 def scale_by_learning_rates(
-    schedules: Mapping[str, optax.Schedule],
+    schedules: Mapping[str, optax.ScalarOrSchedule],
 ) -> optax.GradientTransformation:
     """Multiplies the direction of every leaf by minus its own rate.
 
@@ -118,15 +120,23 @@ def scale_by_learning_rates(
     ```
 
     Args:
-      schedules: An optax schedule for the path of every leaf, such as ``"Dense_0/kernel"``; from
-        :func:`distill_schedule`.
+      schedules: An optax schedule, or a non-negative number, for the path of every leaf, such as
+        ``"Dense_0/kernel"``; from :func:`distill_schedule`.
 
     Returns:
       An ``optax.GradientTransformation`` whose state is an ``optax.ScaleByScheduleState``.
 
     Raises:
-      ValueError: By ``init``, if a leaf has no schedule.
+      ValueError: If a number is negative, or, by ``init``, if a leaf has no schedule.
+      TypeError: If an argument has the wrong type.
     """
+    if not isinstance(schedules, Mapping):
+        raise TypeError(
+            f"schedules must map paths to schedules, got {schedules!r}; pass what "
+            "dartax.distill_schedule returned."
+        )
+    for path, schedule in schedules.items():
+        _check.schedule(f"schedules[{path!r}]", schedule)
 
     def init_fn(params: PyTree) -> optax.ScaleByScheduleState:
         for path in path_names(params):
@@ -144,7 +154,7 @@ def scale_by_learning_rates(
         del params
 
         leaves, structure = jax.tree.flatten(updates)
-        rates = [schedules[path](state.count) for path in path_names(updates)]
+        rates = [value_at(schedules[path], state.count) for path in path_names(updates)]
         leaves = [-jnp.asarray(r, u.dtype) * u for r, u in zip(rates, leaves, strict=True)]
         updates = jax.tree.unflatten(structure, leaves)
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))

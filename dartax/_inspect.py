@@ -182,5 +182,6 @@ def metrics(opt_state: PyTree, params: PyTree | None = None) -> dict[str, jax.Ar
         if params is not None and isinstance(state.inner_state, ScaleBySharesState):
             factors = zip(own_leaves(state, params), mean_factors(state.inner_state), strict=True)
             for leaf, factor in factors:
-                result[f"{prefix}factor_std/{paths[leaf]}"] = jnp.std(factor)
+                spread = jnp.std(factor) if factor.size else jnp.zeros([])
+                result[f"{prefix}factor_std/{paths[leaf]}"] = spread
     return result

@@ -162,7 +162,7 @@ def paper_dart(
     _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
     _check.decay("b1", b1)
     _check.decay("b2", b2)
-    _check.number("eps", eps, "a positive number", positive, "the original's is 1e-8")
+    _check.eps(eps)
     _check.weight_decay(weight_decay)
     _check.mask(mask)
     _check.blocks(blocks, ("tensor",))

@@ -14,11 +14,14 @@ Shapes = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as text: ``('Dense_0', 'kernel')`` is ``Dense_0/kernel``."""
+    """A key path as text: ``('Dense_0', 'kernel')`` is ``Dense_0/kernel``.
+
+    A single array, whose path is empty, is ``array``.
+    """
     # Flax nnx holds every array in a variable, whose path ends with an attribute of its own.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
 
 
 def path_names(tree: PyTree) -> list[str]:

@@ -73,7 +73,7 @@ def test_schedules_return_the_recorded_rates_to_the_updates_that_used_them():
 
 
 def test_every_leaf_takes_its_own_rate():
-    schedules = {"dense/kernel": lambda count: 0.5 / (count + 1), "dense/bias": lambda _: 2.0}
+    schedules = {"dense/kernel": lambda count: 0.5 / (count + 1), "dense/bias": 2.0}
     optimizer = dartax.scale_by_learning_rates(schedules)
     state, update = optimizer.init(PARAMS), jax.jit(optimizer.update)
     grads = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)

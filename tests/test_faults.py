@@ -618,7 +618,7 @@ MISTAKES = {
     "[optimizer]\nkey = -1": r"optimizer.key must be an int in \[0, 2\*\*32\), got -1",
     "[optimizer]\noptions = 3": r"optimizer.options must be of type dict\[str, float\], got 3",
     "[optimizer.options]\ninit_rate = 'x'": "optimizer.options.init_rate must be of type float, got 'x'",
-    "[optimizer.options]\ninit_rate = nan": "optimizer.options: init_rate must be a positive number, got nan",
+    "[optimizer.options]\ninit_rate = nan": "optimizer.options: init_rate must be a number of at least 1e-12, got nan",
     "[optimizer.options]\nint_rate = 1": "int_rate is not an option of dart; did you mean 'init_rate'?",
     "epochs = = 3": "CONFIG must be valid TOML, got 'bad.toml'",
     "epochs = 3\nepochs = 4": "CONFIG must be valid TOML, got 'bad.toml'",

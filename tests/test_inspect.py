@@ -1,3 +1,5 @@
+import collections
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -167,3 +169,24 @@ def test_params_of_another_tree():
     state = dartax.dart().init(PARAMS)
     with pytest.raises(ValueError, match="params must be the tree that init was given, with 3"):
         dartax.learning_rates(state, {"dense": PARAMS["dense"]})
+
+
+def test_a_single_array_is_named():
+    params = jnp.ones((3, 2))
+    state = dartax.dart().init(params)
+    assert "dart/expected_rate/array" in dartax.metrics(state, params)
+    assert "array" in str(dartax.describe(state, params))
+    assert list(dartax.distill_schedule([dartax.metrics(state, params)])) == ["array"]
+
+
+def test_a_field_named_value_keeps_its_name():
+    heads = collections.namedtuple("heads", ["policy", "value"])
+    params = heads(jnp.ones(2), jnp.ones(3))
+    metrics = dartax.metrics(dartax.dart().init(params), params)
+    assert {"dart/expected_rate/policy", "dart/expected_rate/value"} <= metrics.keys()
+
+
+def test_factors_of_an_empty_leaf_have_no_spread():
+    params = {"empty": jnp.zeros((3, 0)), "full": jnp.zeros(2)}
+    metrics = dartax.metrics(dartax.dart(blocks="channel").init(params), params)
+    assert metrics["dart/factor_std/empty"] == 0

@@ -76,6 +76,8 @@ def test_which_parameters_are_matrices():
         assert sorted(leaf.shape for leaf in jax.tree.leaves(adam.mu)) == [(5,), (6, 20)]
     with pytest.raises(ValueError, match=r"matrices must choose .* got shape \(5,\)"):
         dartax.inner.muon(matrices={**chosen, "bias": True}).init(PARAMS)
+    with pytest.raises(ValueError, match="matrices must give a tree with the structure of params"):
+        dartax.inner.muon(matrices=lambda params: None).init(PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_which_parameters_are_matrices():
         ({"momentum": 1.0}, ValueError, r"momentum must be a number in \[0, 1\), got 1.0"),
         ({"steps": 0}, ValueError, "steps must be a positive integer, got 0"),
         ({"steps": 2.5}, ValueError, "steps must be a positive integer, got 2.5"),
-        ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
+        ({"eps": 0.0}, ValueError, "eps must be a number of at least 1.18e-38, got 0.0"),
         ({"matrices": {"a": 1}}, TypeError, "matrices must be a tree of bools"),
     ],
 )

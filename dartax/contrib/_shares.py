@@ -38,6 +38,7 @@ from dartax._blocks import LARGEST_ROOT
 from dartax._fusable import FusableUpdate, choose, fusable
 from dartax._fused._mesh import auto_sharded
 from dartax._half import as_half, in_float32
+from dartax.inner import adam
 
 PyTree = Any
 
@@ -312,7 +313,7 @@ def renew(
 
 
 def scale_by_shares(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | None,
     granularity: str,
     *,
     concentration: Any = 10.0,
@@ -324,7 +325,7 @@ def scale_by_shares(
     ``dart(blocks="channel")`` and ``dart(blocks="element")`` put it around their inner transform.
 
     Args:
-      inner: Gives the directions; does not flip the sign.
+      inner: Gives the directions; does not flip the sign. ``None`` is ``dartax.inner.adam()``.
       granularity: ``"channel"``, the indices of the last axis, or ``"element"``.
       concentration: Mean concentration of a tensor's channels or elements, positive.
       key: Seed of the draws, an int or a JAX key of any kind.
@@ -344,6 +345,7 @@ def scale_by_shares(
       >>> optimizer = dartax.dart(inner=shared)
     """
     _check.transformation("inner", inner)
+    inner = adam() if inner is None else inner
     _check.one_of("granularity", granularity, GRANULARITIES)
     positive = lambda v: v > 0  # noqa: E731
     _check.number("concentration", concentration, "a positive number", positive, "10.0 is usual")

@@ -126,9 +126,10 @@ def muon(
     _check.mask(matrices, "matrices")
 
     def labels(tree):
-        chosen = matrices(tree) if _check.is_function(matrices) else matrices
-        if chosen is None:
+        if matrices is None:
             chosen = jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2, tree)
+        else:
+            chosen = _check.chosen(matrices, tree, "matrices")
 
         def label(is_matrix, leaf):
             if is_matrix and jnp.ndim(leaf) < 2:
