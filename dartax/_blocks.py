@@ -63,11 +63,7 @@ def number_blocks(params: PyTree, blocks: Labels) -> tuple[tuple[int, ...], int]
         labels = [blocks(path) for path in path_names(params)]
     else:
         try:
-            labels = jax.tree.leaves(
-                jax.tree.map(
-                    lambda label, subtree: jax.tree.map(lambda _: label, subtree), blocks, params
-                )
-            )
+            labels = jax.tree.leaves(jax.tree.broadcast(blocks, params))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"blocks must be a pytree of labels with the structure of params or a prefix of "
@@ -135,7 +131,9 @@ def matrix_rms(params: PyTree, of_leaf: tuple[int, ...], num_blocks: int) -> jax
     return jnp.minimum(root(squares / np.maximum(sizes, 1).astype(np.float32)), LARGEST_ROOT)
 
 
-def unheard(before: jax.Array, h: jax.Array, squares: jax.Array, count: jax.Array) -> jax.Array:
+def silent_updates(
+    before: jax.Array, h: jax.Array, squares: jax.Array, count: jax.Array
+) -> jax.Array:
     """Updates of every block with a gradient since its last hypergradient that was not 0, ``[K]``.
 
     Args:
@@ -148,14 +146,14 @@ def unheard(before: jax.Array, h: jax.Array, squares: jax.Array, count: jax.Arra
     return jnp.where(h != 0, 0, before + silent.astype(jnp.int32))
 
 
-def blind(unheard: jax.Array, is_sampled: np.ndarray) -> jax.Array:
+def blind(silent_updates: jax.Array, is_sampled: np.ndarray) -> jax.Array:
     """Whether the sample of a block probably lies in rows without gradients, bool ``[K]``.
 
     Most rows of an embedding table are so. The block then forgets its memory, and its samples move
     on by one row at every update, until one of them is heard.
 
     Args:
-      unheard: Updates with a gradient since the last hypergradient that was not 0, ``[K]``.
+      silent_updates: Those since the last hypergradient that was not 0, ``[K]``.
       is_sampled: Whether the block's memory leaves elements out, ``[K]``.
     """
-    return (unheard > PATIENCE) & is_sampled
+    return (silent_updates > PATIENCE) & is_sampled

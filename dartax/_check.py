@@ -1,7 +1,8 @@
 """Argument checks: one sentence that names the argument, the constraint, the value, the fix.
 
-Only Python and NumPy numbers are compared with their range. Scalar arrays and tracers pass, so
-that ``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter.
+Python and NumPy numbers are compared with their range. Scalar arrays and tracers pass, so that
+``jax.jit`` and ``optax.inject_hyperparams`` can hand over any hyperparameter. Where an array may
+have been rounded out of its range, ``init`` looks at its value, unless it is traced.
 """
 
 import functools
@@ -219,8 +220,7 @@ def chosen(value: Any, tree: Any, name: str = "mask") -> Any:
     found = value(tree) if is_function(value) else value
     mask(found, name)
     try:
-        spread = lambda flag, part: jax.tree.map(lambda _: flag, part)  # noqa: E731
-        return jax.tree.map(spread, found, tree)
+        return jax.tree.broadcast(found, tree)
     except (ValueError, TypeError) as error:
         got = "None" if found is None else jax.tree.structure(found)
         raise ValueError(

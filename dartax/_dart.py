@@ -6,7 +6,7 @@ concentration, l' = d log gamma / da, and h_i = dL/dlog pi_i over the past steps
 gradient through the draw is
 
     G_i = dL/da_i = l'_i * (h_i - pi_i * sum_j h_j)          i = 1..K
-    s_i = -m_i / sqrt(v_i)                                   moments of G_i
+    s_i = -m_i / sqrt(v_i)                                   debiased moments of G_i
 
 s_i is near 1 where about the last ten gradients agree that longer steps would have been better,
 and near -1 where they agree on shorter ones. The concentrations move by
@@ -20,7 +20,7 @@ A block learns only where h_i is not 0, for elsewhere G_i is what the others wan
 evidence. Let t_i be the number of the block's hypergradients so far, f the present value of the
 user's schedule, T its length, and A in [0, 1] the part of f that it will still lose
 (``_schedule.py``). Without an end, A = 0 and A / T = 0. If a mean of the parameters will be
-evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 under any schedule. Let r_i be the
+evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 while f > 0. Let r_i be the
 progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of their
 directions (``_walk.py``). Let rate_i be the mean rate of the block without f, z_i the root mean
 square of its memory, and w_i that of its matrices at ``init``. A block without matrices takes the
@@ -38,8 +38,10 @@ of the loss want shorter steps and the flat ones still longer ones. The schedule
 steps later, which serves the steep ones. On a noisy objective, though, s ends a little below 0 at
 any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
-Where the steps follow noise, or undo one another, the rate falls as a power of 1 / t_i, up to the
-third. *fallen* is how far log f has just fallen; it counts toward that fall. Noise needs no fall if
+Where the steps follow noise, or undo one another, the pace of the fall is up to 3 / (1 + t_i). On
+noise s is above 0 about as often as below, so a rate far below the size of the weights grows as
+well, and settles near 0.015 w_i. *fallen* is how far log f has just fallen, if it has not fallen to
+-inf; it counts toward that fall. Noise needs no fall if
 the rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than
 half the size of its weights.
 
@@ -85,8 +87,8 @@ TOLERANCE = 0.3
 FALL, RETREAT_BELOW = 3.0, -0.75
 # Steps of more progress than this are no noise. Around Lion and Muon progress alone tells.
 SIGNAL = 3.0
-# Where a gradient opposes the past steps by this many times the root mean square of those before
-# it, the rate is divided by SURPRISE.
+# Where G is this many times the root mean square of those before it, the rate is divided by
+# SURPRISE.
 SURPRISE = 10.0
 # The largest concentration of a block is at most this many times ``concentration``. At that limit
 # the smallest concentrations fall below ``concentration``.
@@ -113,7 +115,7 @@ def confined(context: Context) -> jax.Array:
 def weight_scale(context: Context) -> jax.Array:
     """Root mean square of the weights of every block, ``[K]``.
 
-    A block without matrices takes the smallest value of the others.
+    A block without matrices, or whose matrices are 0, takes the smallest value of the others.
     """
     known = context.weight_rms > 0
     smallest = jnp.min(jnp.where(known, context.weight_rms, jnp.inf), initial=jnp.inf)
@@ -188,8 +190,8 @@ def dart_rule(
         inverse_size = jnp.where(heard, 1 / jnp.where(heard, size, 1.0), 0.0)
         s = -debias(mu, B1, num) * inverse_size
 
-        share = current[:-1] / jnp.sum(current)
-        rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * share
+        mean_share = current[:-1] / jnp.sum(current)
+        rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * mean_share
         grow = jnp.clip(s + tolerance(context), 0.0, 1.0)
         change = growth_limit(rate, context) * grow - fall(s, context)
         usual = root(debias(moments.hyper_nu, B2, num - 1))
@@ -200,8 +202,8 @@ def dart_rule(
         moved = current * jnp.append(factor, 1.0)
 
         # The means do not change where all concentrations, the slack's too, grow by one factor.
-        least, greatest = jnp.min(moved[:-1], initial=jnp.inf), jnp.max(moved[:-1], initial=0.0)
-        level = jnp.maximum(least, greatest / MAX_RATIO)
+        least, most = jnp.min(moved[:-1], initial=jnp.inf), jnp.max(moved[:-1], initial=0.0)
+        level = jnp.maximum(least, most / MAX_RATIO)
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
         # Past steps count as if they had been as short as the new rate makes them.
@@ -259,9 +261,10 @@ def scale_by_dart(
         those of optax; with Adam, less than half.
       learning_rate: Float or optax schedule that multiplies the learned rates. Under
         ``optax.inject_hyperparams``, name a schedule in ``static_args``, or its end is not seen.
-      init_rate: Mean rate of every block at the start, in (min_rate, rate_budget / K) for K blocks.
-        It matters little from 1e-8 to 1e-4: the rates grow tenfold in 3 updates while the steps are
-        tiny beside the weights, and tenfold in 50 later on.
+      init_rate: Mean rate of every block at the start, at least 1e-12 and between ``min_rate`` and
+        the rate of K blocks that share the whole budget, which is rate_budget / K if ``min_rate``
+        is 0. It matters little from 1e-8 to 1e-4: the rates grow tenfold in 3 updates while the
+        steps are tiny beside the weights, and then, in the first 400 updates, in 50.
       min_rate: Lower end of the rates, non-negative.
       rate_budget: Upper end of the rates, positive. If ``min_rate`` is 0, it is also the most that
         the rates can sum to. The blocks share ``rate_budget - min_rate``.
@@ -307,14 +310,15 @@ def scale_by_dart(
       ... )
 
     A step is skipped if one of these is not finite in float32: the squared norm of a block's
-    gradient or direction, the square of a concentration's gradient, the schedule, or the loss, if
-    it is passed as ``update(..., value=loss)``. Then the updates and ``last_rates`` are zero, what
-    is learned stays as it was, and ``skipped`` counts it.
+    gradient (and direction, unless it comes from ``dartax.inner``), the square of a concentration's
+    gradient, the schedule, or the loss, if it is passed as ``update(..., value=loss)``. Then the
+    updates and ``last_rates`` are zero, what is learned stays as it was (but a hypergradient that
+    overflows empties the memory), and ``skipped`` counts it.
 
-    A complex leaf is one block. ``inner``, and a function as ``mask``, see its real and imaginary
-    parts side by side along the last axis: Adam normalizes each, and each has rates of its own for
-    channels or elements. As everywhere in optax, its gradient is the conjugate of what ``jax.grad``
-    gives.
+    A complex leaf is in one block. ``inner``, and a function as ``mask``, see its real and
+    imaginary parts side by side along the last axis: Adam normalizes each, and each has rates of
+    its own for channels or elements. As everywhere in optax, its gradient is the conjugate of what
+    ``jax.grad`` gives.
     """
     _check.transformation("inner", inner)
     _check.schedule("learning_rate", learning_rate)

@@ -29,7 +29,7 @@ def distill_schedule(run: Any) -> dict[str, optax.Schedule]:
       run: What was recorded of a run, in any form that :mod:`dartax.plot` takes: a sequence of
         ``dartax.metrics(opt_state, params)``, a mapping of columns, or a path.
         Only ``step`` and ``expected_rate/PATH`` are read, with or without the prefix ``dart/``.
-        Missing rates (``None`` or NaN) are left out.
+        Missing rates (``None`` or NaN) are left out, and so are rates within tensors.
 
     Returns:
       A schedule for every PATH, such as ``"Dense_0/kernel"``: a function of the number of updates
@@ -155,7 +155,8 @@ def scale_by_learning_rates(
 
         leaves, structure = jax.tree.flatten(updates)
         rates = [value_at(schedules[path], state.count) for path in path_names(updates)]
-        leaves = [-jnp.asarray(r, u.dtype) * u for r, u in zip(rates, leaves, strict=True)]
+        # In float32 at least: in float16 a small rate would be 0.
+        leaves = [(-r * u).astype(u.dtype) for r, u in zip(rates, leaves, strict=True)]
         updates = jax.tree.unflatten(structure, leaves)
         return updates, optax.ScaleByScheduleState(count=optax.safe_increment(state.count))
 

@@ -73,12 +73,7 @@ def own_leaves(state: ScaleByDartState, params: PyTree) -> list[int]:
         # the trees do not fit even so, the count below says it.
         with contextlib.suppress(ValueError):
             slots = jax.tree.leaves(
-                jax.tree.map(
-                    lambda slot, subtree: jax.tree.map(lambda _: slot, subtree),
-                    state.step_memory,
-                    params,
-                    is_leaf=_is_masked,
-                ),
+                jax.tree.broadcast(state.step_memory, params, is_leaf=_is_masked),
                 is_leaf=_is_masked,
             )
     if len(slots) != num_leaves:

@@ -81,11 +81,18 @@ def white_noise(
         return known.white_noise
     leaves = measure(inner, params)
     sizes = np.array([max(jnp.size(leaf), 1) for leaf in jax.tree.leaves(params)], float)
-    total = np.maximum(np.bincount(of_leaf, sizes, num_blocks), 1)
-    means = [np.bincount(of_leaf, sizes * value, num_blocks) / total for value in leaves]
+
+    def mean(values: Any, weights: Any) -> np.ndarray:
+        total = np.bincount(of_leaf, weights, num_blocks)
+        return np.bincount(of_leaf, weights * values, num_blocks) / np.where(total > 0, total, 1)
+
     # (Power has no meaning for a block if it has none for one of its leaves.)
     unknown = np.bincount(of_leaf, leaves.power == 0, num_blocks) > 0
-    return WhiteNoise(means[0], means[1], np.where(unknown, 0.0, means[2]))
+    return WhiteNoise(
+        agreement=mean(leaves.agreement, sizes),
+        persistence=mean(leaves.persistence, sizes * leaves.agreement),
+        power=np.where(unknown, 0.0, mean(leaves.power, sizes)),
+    )
 
 
 def measure(inner: optax.GradientTransformation, params: PyTree) -> WhiteNoise:
@@ -169,10 +176,12 @@ def _fit(correlation: np.ndarray) -> tuple[float, float]:
     near, *others = (float(value) for value in correlation)
     if not near > LEAST_CORRELATION:
         return 0.0, 0.0
-    lag, far = LAGS[1], 0.0
+    if not others[0] > LEAST_CORRELATION:  # over before the next lag
+        return 1.0, near
+    lag, far = LAGS[0], near
     for n, value in zip(LAGS[1:], others, strict=True):
         if not value > LEAST_CORRELATION:
             break
         lag, far = n, value
     persistence = min((far / near) ** (1 / (lag - 1)), 0.999)
-    return (min(near / persistence, 1.0) if persistence else 0.0), persistence
+    return min(near / persistence, 1.0), persistence

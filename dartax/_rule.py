@@ -26,7 +26,7 @@ class Context(NamedTuple):
       progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
       noise: How much their directions count as white noise, ``[K]`` in [0, 1].
       schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
-        not. float32 scalar, as the others.
+        not, 2**31 if a mean is evaluated. float32 scalar, as the others.
       schedule_fall: How far the logarithm of the schedule has fallen since the last update.
       annealing: Fraction of its present value that the schedule will still lose, in [0, 1].
     """
@@ -77,8 +77,8 @@ def context_of(
     Args:
       state: The state after the last update.
       h: Hypergradients, ``[K]``.
-      square_length: Squared length of its memory, ``[K]``.
-      sizes: Number of the elements of the memory, ``[K]``.
+      square_length: Squared length of every block's memory, ``[K]``.
+      sizes: Number of its elements, ``[K]``.
       multiplier: Present value of the user's schedule.
       end: How that schedule ends.
     """

@@ -15,7 +15,7 @@ VERSION = 14
 
 
 class Moments(NamedTuple):
-    """What a rule keeps: averages of the gradient that moves the concentrations or their logs.
+    """What a rule keeps of the gradient that moves the concentrations or their logs.
 
     The names have a prefix so that ``optax.tree.get(state, "mu")`` finds the moments of Adam alone.
 
@@ -47,11 +47,12 @@ class ScaleByDartState(NamedTuple):
         because serializers do not know typed keys.
       block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
-      moments: Moving averages of the gradient with respect to them, of the blocks.
+      moments: What the rule keeps of the gradient with respect to those of the blocks.
       hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
       walk: Lengths of the past steps, and what they would add up to under white noise.
-      unheard: Updates of every block with a gradient since its last hypergradient that was not 0,
-        int32 ``[K]``.
+      silent_updates: Updates of every block with a gradient since its last hypergradient that was
+        not 0, int32 ``[K]``. The first hypergradient has no patience to wait for: before it, they
+        count from ``PATIENCE`` on (``_blocks.py``).
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.
@@ -63,8 +64,9 @@ class ScaleByDartState(NamedTuple):
       last_multiplier: f_t, the value of the user's schedule at the last update.
       min_rate: Lower end of the rates at the last update.
       rate_budget: Budget of the rates at the last update.
-      step_memory: z, the sum of past directions (``paper_dart``) or steps (``dart``) that the
-        next gradient is compared with. A tree like the parameters; a sample of a large tensor.
+      step_memory: z, the last direction (``paper_dart``) or the decayed sum of past steps
+        (``dart``), which the next gradient is compared with. A tree like the parameters; a sample
+        of a large tensor.
       inner_state: State of the inner transform.
     """
 
@@ -77,7 +79,7 @@ class ScaleByDartState(NamedTuple):
     moments: Moments
     hyper_count: jax.Array
     walk: Walk
-    unheard: jax.Array
+    silent_updates: jax.Array
     sample_phase: jax.Array
     weight_rms: jax.Array
     hypergradient: jax.Array

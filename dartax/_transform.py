@@ -116,7 +116,7 @@ def scale_by_dirichlet(
             moments=Moments(*(per_block() for _ in Moments._fields)),
             hyper_count=jnp.zeros(num_blocks, jnp.int32),
             walk=_walk.empty_walk(white_noise, num_blocks),
-            unheard=jnp.full(num_blocks, _blocks.PATIENCE, jnp.int32),  # a first sample is a guess
+            silent_updates=jnp.full(num_blocks, _blocks.PATIENCE, jnp.int32),
             sample_phase=jnp.zeros(num_blocks, jnp.int32),
             weight_rms=_blocks.matrix_rms(params, of_leaf, num_blocks),
             hypergradient=per_block(),
@@ -184,8 +184,8 @@ def scale_by_dirichlet(
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(h) & jnp.isfinite(moments.hyper_nu))
         is_sampled = sizes < blocks.sizes(updates)
-        unheard = _blocks.unheard(state.unheard, h, gradient_squares, context.updates)
-        blind = _blocks.blind(unheard, is_sampled)
+        silent = _blocks.silent_updates(state.silent_updates, h, gradient_squares, context.updates)
+        blind = _blocks.blind(silent, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
             inner, updates, state.inner_state, params, usable & ~overflows, blocks,
@@ -214,7 +214,7 @@ def scale_by_dirichlet(
         if_taken = if_skipped._replace(
             key=next_key(state, step_key), concentration=concentration, moments=moments, walk=walk,
             hyper_count=context.num, hypergradient=h, last_draw=draw, last_multiplier=multiplier,
-            unheard=unheard, sample_phase=blocks.phase, min_rate=jnp.asarray(low),
+            silent_updates=silent, sample_phase=blocks.phase, min_rate=jnp.asarray(low),
             rate_budget=jnp.asarray(high),
         )  # fmt: skip
         updates = out_of_pairs(updates, given["updates"])

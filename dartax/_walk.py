@@ -1,4 +1,4 @@
-"""How far the past steps got: evidence for or against growth that needs no gradient.
+"""How far the past steps got: evidence, from the steps alone, for longer or shorter ones.
 
 The memory z_t = keep * z_{t-1} + w_t * u_t is the displacement of the past steps. If the gradients
 were white noise, the directions would still agree for a while, because the inner transform averages
@@ -24,7 +24,8 @@ valley cancel, and give less:
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
 Here u_i is the direction as it is remembered, with the weight decay. That hides no noise as long as
-the decayed weights are below a tenth of Adam's directions: weight_decay * w_i < 0.1.
+the decay is small beside Adam's noise, whose root mean square is 0.23: weight_decay times that of
+the weights should be below 0.1.
 
 In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
 noise to cancel: power is above 1, and nothing is taken for noise yet.
@@ -36,7 +37,7 @@ power is below 1; noise keeps its size. Where the size is always the same, every
 and progress alone tells. As t_i, the number of hypergradients so far, grows, so does the trust in
 that p:
 
-    noise_i = min(clip(t_i / UNTOLD - 1, 0, 1), clip(2 - |log power_i| / NOISE_WIDTH, 0, 1))
+    noise_i = min(clip(t_i / TRUST_AFTER - 1, 0, 1), clip(2 - |log power_i| / NOISE_WIDTH, 0, 1))
 
 a, c and p belong to the inner transform. ``init`` runs it on white noise unless it declares them.
 """
@@ -52,10 +53,10 @@ from dartax._averages import debias, root
 POWER_DECAY, USUAL_DECAY = 0.95, 0.99
 # Power counts fully as noise while |log power| is below this, and not at all from twice this on.
 NOISE_WIDTH = 0.3
-# Where white noise has no known power, nothing counts as noise for so many updates, and from twice
-# this on everything may. Earlier, the averages are alike, and steps that agree have no more
+# Where white noise has no known power, nothing counts as noise for so many hypergradients, and from
+# twice this on everything may. Earlier, the averages are alike, and steps that agree have no more
 # progress than a free walk.
-UNTOLD = 25
+TRUST_AFTER = 25
 # Neither squared lengths nor their sums overflow float32.
 LARGEST_LENGTH = 1e15
 
@@ -80,15 +81,15 @@ class Walk(NamedTuple):
     Attributes:
       free: Expected squared length of the memory of a free walk, ``[K]``.
       overlap: Expected inner product of the memory and the next direction of length 1, ``[K]``.
-      power: Average of the mean square of the directions, ``[K]``.
-      usual_power: The same over more updates, ``[K]``.
+      mean_square: Moving average of the mean square of the directions, ``[K]``.
+      usual_square: The same over more updates, ``[K]``.
       white_noise: What the inner transform makes of white noise.
     """
 
     free: jax.Array
     overlap: jax.Array
-    power: jax.Array
-    usual_power: jax.Array
+    mean_square: jax.Array
+    usual_square: jax.Array
     white_noise: WhiteNoise
 
 
@@ -111,8 +112,8 @@ def power(walk: Walk, count: jax.Array) -> jax.Array:
 
     ``count`` is how many updates the averages hold.
     """
-    average = debias(walk.power, POWER_DECAY, count)
-    usual = debias(walk.usual_power, USUAL_DECAY, count)
+    average = debias(walk.mean_square, POWER_DECAY, count)
+    usual = debias(walk.usual_square, USUAL_DECAY, count)
     white = jnp.where(walk.white_noise.power > 0, walk.white_noise.power, usual)
     return jnp.where(white > 0, average / jnp.where(white > 0, white, 1.0), 0.0)
 
@@ -125,9 +126,9 @@ def noise(walk: Walk, count: jax.Array, num: jax.Array) -> jax.Array:
     ratio = power(walk, count)
     positive = ratio > 0  # directions that are all 0 are no noise
     distance = jnp.abs(jnp.log(jnp.where(positive, ratio, 1.0)))
-    told = jnp.where(positive, 2 - distance / NOISE_WIDTH, 0.0)
-    trust = jnp.where(walk.white_noise.power > 0, 1.0, num.astype(jnp.float32) / UNTOLD - 1)
-    return jnp.clip(jnp.minimum(trust, told), 0.0, 1.0)
+    alike = jnp.where(positive, 2 - distance / NOISE_WIDTH, 0.0)
+    trust = jnp.where(walk.white_noise.power > 0, 1.0, num.astype(jnp.float32) / TRUST_AFTER - 1)
+    return jnp.clip(jnp.minimum(trust, alike), 0.0, 1.0)
 
 
 def advance(
@@ -150,8 +151,8 @@ def advance(
     return walk._replace(
         free=keep**2 * walk.free + 2 * length * overlap + length**2,
         overlap=white.persistence * (overlap + white.agreement * length),
-        power=POWER_DECAY * walk.power + (1 - POWER_DECAY) * squares / sizes,
-        usual_power=USUAL_DECAY * walk.usual_power + (1 - USUAL_DECAY) * squares / sizes,
+        mean_square=POWER_DECAY * walk.mean_square + (1 - POWER_DECAY) * squares / sizes,
+        usual_square=USUAL_DECAY * walk.usual_square + (1 - USUAL_DECAY) * squares / sizes,
     )
 
 

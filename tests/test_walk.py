@@ -41,10 +41,17 @@ def test_parts_of_a_tree_are_measured_apart():
     found = _probe.white_noise(inner, PARAMS, of_leaf, num_blocks)
     agreement, persistence, power = found
     np.testing.assert_allclose(agreement, [1 / 21, 1.0], rtol=0.1)
-    np.testing.assert_allclose(persistence, [0.9 / 21, 0.9], rtol=0.1)
+    np.testing.assert_allclose(persistence, [0.9, 0.9], rtol=0.1)
     np.testing.assert_allclose(power, [0.0, 0.1 / 1.9], rtol=0.1)
     known = _probe.white_noise(dartax.inner.adam(), PARAMS, of_leaf, num_blocks)
     assert _walk.empty_walk(known, num_blocks).white_noise.power.shape == (2,)
+
+
+def test_a_correlation_that_is_over_after_one_step_is_seen():
+    assert _probe._fit(np.array([0.3, 0.05, 0.0, 0.0])) == (1.0, 0.3)
+    assert _probe._fit(np.array([0.05, 0.0, 0.0, 0.0])) == (0.0, 0.0)
+    agreement, persistence = _probe._fit(0.5 * 0.8 ** np.array([1.0, 2.0, 5.0, 17.0]))
+    assert (agreement, persistence) == (pytest.approx(0.5), pytest.approx(0.8))
 
 
 def test_the_long_memory_of_lion_is_seen():
