@@ -190,7 +190,7 @@ def test_momentum_survives_a_curvature_that_rises_in_mid_run():
 @pytest.mark.parametrize(
     ("curvature", "noise", "schedule", "most"),
     [
-        # A tuned rate gives 0.43 here, and one that does not fall on noise 2.
+        # A tuned rate gives 0.33 here, and rates that do not fall on noise 1.8.
         (np.logspace(-3, 0, 100), 1.0, 1.0, 0.7),
         # Where gradients shrink with the loss, nothing is noise. Rates that fell would leave 0.3.
         (np.array([0.05, 1.0, 20.0]), 0.0, optax.linear_schedule(1.0, 0.0, 500), 3e-3),
