@@ -208,7 +208,8 @@ def mask(value: Any, name: str = "mask") -> None:
     if is_function(value):
         return
     for leaf in jax.tree.leaves(value):
-        if np.asarray(leaf).dtype.kind != "b":
+        is_bool = not isinstance(leaf, jax.core.Tracer) and np.asarray(leaf).dtype.kind == "b"
+        if not is_bool or np.ndim(leaf):
             raise TypeError(
                 f"{name} must be a tree of bools, or a function from params to one, got the leaf "
                 f"{leaf!r}; pass e.g. lambda params: jax.tree.map(lambda p: p.ndim > 1, params)."
@@ -275,11 +276,11 @@ def floating_dtype(name: str, value: Any) -> None:
     try:
         # NumPy reads None as float64.
         dtype = None if value is None else jnp.dtype(value)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
             in_range = jnp.finfo(dtype).tiny <= jnp.finfo(jnp.float32).tiny
             if in_range:
                 return
-    except TypeError:
+    except (TypeError, ValueError):  # NumPy's for arrays
         pass
     raise TypeError(
         f"{name} must be a floating dtype with the range of float32, got {value!r}; pass "

@@ -154,7 +154,10 @@ def scale_by_learning_rates(
         del params
 
         leaves, structure = jax.tree.flatten(updates)
-        rates = [value_at(schedules[path], state.count) for path in path_names(updates)]
+        rates = [
+            value_at(schedules[path], state.count, f"schedules[{path!r}]")
+            for path in path_names(updates)
+        ]
         # In float32 at least: in float16 a small rate would be 0.
         leaves = [(-r * u).astype(u.dtype) for r, u in zip(rates, leaves, strict=True)]
         updates = jax.tree.unflatten(structure, leaves)

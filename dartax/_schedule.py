@@ -78,10 +78,12 @@ def greatest(learning_rate: optax.ScalarOrSchedule) -> float | None:
         return None  # an array, a schedule of traced values, or of one count at a time
 
 
-def value_at(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
-    """Value of the user's schedule, float32; counts are int32 arrays, as optax passes them."""
-    value = learning_rate(count) if callable(learning_rate) else learning_rate
-    _check.scalar("learning_rate(count)", value, "return a number from the schedule")
+def value_at(
+    schedule: optax.ScalarOrSchedule, count: jax.Array, name: str = "learning_rate"
+) -> Any:
+    """Value of a user's schedule, float32; counts are int32 arrays, as optax passes them."""
+    value = schedule(count) if callable(schedule) else schedule
+    _check.scalar(f"{name}(count)", value, "return a number from the schedule")
     return f32(value)
 
 

@@ -50,9 +50,8 @@ class ScaleByDartState(NamedTuple):
       moments: What the rule keeps of the gradient with respect to those of the blocks.
       hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
       walk: Lengths of the past steps, and what they would add up to under white noise.
-      silent_updates: Updates of every block with a gradient since its last hypergradient that was
-        not 0, int32 ``[K]``. The first hypergradient has no patience to wait for: before it, they
-        count from ``PATIENCE`` on (``_blocks.py``).
+      silent_updates: How long the sample of every block has been silent, int32 ``[K]``; at first
+        as long as it may (``_blocks.py``).
       sample_phase: Rows by which the samples of every block's large tensors have moved on,
         int32 ``[K]``.
       weight_rms: Root mean square of every block's matrices at ``init``, ``[K]``; 0 without any.

@@ -27,6 +27,9 @@ Here u_i is the direction as it is remembered, with the weight decay. That hides
 the decay is small beside Adam's noise, whose root mean square is 0.23: weight_decay times that of
 the weights should be below 0.1.
 
+All elements count. Where nearly all never have a gradient, as most rows of a large embedding table,
+power is far below 1 and noise is not seen. With 90 % of them it is.
+
 In the first 30 updates with b1 = 0.9 the inner transform's averages hold too few gradients for
 noise to cancel: power is above 1, and nothing is taken for noise yet.
 

@@ -535,7 +535,7 @@ def test_first_rates_that_are_arrays(arguments, match):
     assert sum(float(-jnp.mean(u)) for u in jax.tree.leaves(updates)) <= 1.01
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e8m0fnu", "float16"])
 def test_a_memory_where_small_steps_are_zero_is_refused(dtype):
     match = f"memory_dtype must be a floating dtype with the range of float32, got '{dtype}'; pass"
     with pytest.raises(TypeError, match=match) as caught:
@@ -559,6 +559,7 @@ def test_a_memory_decay_that_was_rounded_to_one_is_refused():
         ({"w": True}, ValueError, "mask must give a tree with the structure of params .* got PyTree"),
         (lambda params: None, ValueError, "mask must give a tree with the structure .* got None"),
         (lambda params: 1.0, TypeError, "mask must be a tree of bools, .* got the leaf 1.0"),
+        (lambda params: {"w": params["w"] > 0, "b": True}, TypeError, "mask must be a tree of bools, .* got the leaf"),
     ],
 )  # fmt: skip
 def test_masks_that_do_not_fit(make, mask, error, match):

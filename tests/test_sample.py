@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import dartax
+from dartax import _blocks
 from dartax._fused import _sample
 from dartax._fused._sample import (
     DEVICES,
@@ -259,6 +260,25 @@ def test_few_rows_with_gradients_are_found_beside_other_blocks():
     shares = optax.tree.get(state, "concentration")
     shares, first = shares / jnp.sum(shares), first / np.sum(first)
     assert 0.5 * first[3] < shares[3] <= first[3]
+
+
+def test_a_sample_that_is_seldom_heard_moves_on():
+    before = jnp.asarray([0, 100, 100, 101, 30, 30])
+    h, squares = jnp.asarray([0.0, 0.0, 1.0, 0.0, 1.0, 0.0]), jnp.asarray([1.0, 1, 1, 1, 1, 0])
+    one = jnp.asarray(1)
+    found = _blocks.silent_updates(before, h, squares, one)
+    assert found.tolist() == [1, 101, 80, 101, 10, 30]
+    assert _blocks.blind(found, np.array(5 * [True] + [False])).tolist() == [0, 1, 0, 1, 0, 0]
+    assert _blocks.silent_updates(before, h, squares, 0 * one)[1] == 100  # nothing to judge yet
+    # Heard once in 80 updates, it moves; once in 15, it stays.
+    for period, stays in ((80, False), (15, True)):
+        silent = jnp.zeros(1, jnp.int32)
+        for update in range(400):
+            heard = jnp.full(1, float(update % period == 0))
+            silent = _blocks.silent_updates(silent, heard, jnp.ones(1), one)
+            if silent > _blocks.PATIENCE:
+                break
+        assert (update == 399) == stays
 
 
 @pytest.mark.parametrize("implementation", ["fused", "plain"])
