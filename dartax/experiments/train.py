@@ -260,11 +260,11 @@ def _train(
 
 
 def _figures(row: Mapping[str, float | None]) -> list[str]:
-    """The loss and the last known accuracy, for the progress bar."""
+    """The training loss and the last known test accuracy, for the progress bar."""
     loss, accuracy = row.get("train_loss"), row.get("test_accuracy")
     return [
         *([f"loss {loss:.3g}"] if loss is not None else []),
-        *([f"accuracy {accuracy:.1%}"] if accuracy is not None else []),
+        *([f"test accuracy {accuracy:.1%}"] if accuracy is not None else []),
     ]
 
 
