@@ -161,7 +161,7 @@ def test_a_block_without_gradients_is_not_moved_by_the_others(inner, period):
 
 def test_momentum_survives_a_curvature_that_rises_in_mid_run():
     # After 3,000 steps rates fall slowly, as 1 / t. A surprise divides them at once: without it
-    # the loss would rise to 359 here.
+    # the loss would rise to 49 here.
     root = jnp.logspace(-1, 0, 50)[:, None] * jax.random.orthogonal(jax.random.key(1), 50)
     optimizer = dartax.dart(inner=dartax.inner.momentum(), key=1)
     params = {"b": jnp.ones(10), "w": jnp.ones((5, 10))}
