@@ -276,10 +276,9 @@ def floating_dtype(name: str, value: Any) -> None:
     try:
         # NumPy reads None as float64.
         dtype = None if value is None else jnp.dtype(value)
-        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1:
-            in_range = jnp.finfo(dtype).tiny <= jnp.finfo(jnp.float32).tiny
-            if in_range:
-                return
+        wide = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
+        if wide and jnp.finfo(dtype).tiny <= jnp.finfo(jnp.float32).tiny:
+            return
     except (TypeError, ValueError):  # NumPy's for arrays
         pass
     raise TypeError(

@@ -178,8 +178,8 @@ def _fit(correlation: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     if not others[0] > LEAST_CORRELATION:  # over before the next lag
         return 1.0, near
-    lag, far = LAGS[0], near
-    for n, value in zip(LAGS[1:], others, strict=True):
+    lag, far = LAGS[1], others[0]
+    for n, value in zip(LAGS[2:], others[1:], strict=True):
         if not value > LEAST_CORRELATION:
             break
         lag, far = n, value
