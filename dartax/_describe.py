@@ -93,7 +93,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       >>> params = {"dense": {"bias": jnp.zeros(2), "kernel": jnp.ones((3, 2))}}
       >>> print(dartax.describe(dartax.dart().init(params), params))
       DART after 0 updates, 0 skipped: 2 not started
-      multiplier 1, rates in [0, 1], 0.0002 of the budget spent
+      multiplier 1; before it, rates in [0, 1], 0.0002 of the budget spent
       block         size  E[rate]      std  last rate  health
       dense/bias       2   0.0001  3.2e-05          0  not started
       dense/kernel     6   0.0001  3.2e-05          0  not started
@@ -134,7 +134,7 @@ def _title(label: str, state: ScaleByDartState, blocks: list[Block]) -> list[str
     spent = f"{sum(block.share for block in blocks):.3g} of the budget spent"
     return [
         *textwrap.wrap(facts + _count(map(health, blocks)), WIDTH, subsequent_indent="  "),
-        f"multiplier {float(state.last_multiplier):.3g}, {limits}, {spent}",
+        f"multiplier {float(state.last_multiplier):.3g}; before it, {limits}, {spent}",
     ]
 
 

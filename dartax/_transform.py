@@ -160,6 +160,8 @@ def scale_by_dirichlet(
         blocks = blocks_in(state)
         given = {"updates": updates, "params": params, "grad": extra_args.get("grad")}
         updates, params, grad = _trees.checked(given, state.step_memory, arithmetic.memory_shape)
+        if params is not None:
+            _trees.check_inner_state(inner, state.inner_state, params)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
         h, square_length, gradient_squares, usable = score(

@@ -145,3 +145,15 @@ def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes
             f"{given}{sampled} instead of {leaf.shape} at '{path_name(path)}'; "
             "call init again after changing the model."
         )
+
+
+def check_inner_state(inner: optax.GradientTransformation, inner_state: PyTree, params: Any) -> None:
+    """Raises unless ``inner_state`` has the structure of what ``inner`` makes of ``params``."""
+    want = jax.eval_shape(inner.init, params)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (inner_state, want)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            "inner must be the transform that the state was made with, got another: its state is a "
+            f"{type(want).__name__} of another structure than the {type(inner_state).__name__} "
+            "given; pass the same inner as before, or call init: the rates are learned again."
+        )

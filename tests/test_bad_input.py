@@ -1,6 +1,7 @@
 """Every bad argument gets one sentence: the argument, the constraint, the value, the fix."""
 
 import functools
+import itertools
 
 import chex
 import flax.linen
@@ -342,6 +343,18 @@ def test_state_of_other_blocks():
         with pytest.raises(ValueError, match=f"blocks must be those that .* {message}") as error:
             dartax.dart(blocks=blocks).update(params, state, params)
         sentence(error)
+
+
+def test_state_of_another_inner_transform():
+    inners = [dartax.inner.adam(), dartax.inner.momentum(), dartax.inner.muon(), optax.trace(0.9)]
+    for before, now in itertools.permutations(inners[:3], 2):
+        state = dartax.dart(inner=before).init(PARAMS)
+        with pytest.raises(ValueError, match="inner must be the transform that the") as error:
+            dartax.dart(inner=now).update(PARAMS, state, PARAMS)
+        sentence(error)
+    # Those with one kind of state may follow one another.
+    state = dartax.dart(inner=inners[1]).init(PARAMS)
+    dartax.dart(inner=inners[3]).update(PARAMS, state, PARAMS)
 
 
 def test_state_of_another_version():

@@ -25,7 +25,7 @@ CAPTIONS = {
     "learning_rates": (
         "Learning rates",
         "Mean rate of each block, including the schedule. If there are few blocks, a band shows "
-        "one standard deviation.",
+        "one standard deviation. The width of a line means nothing: it keeps equal lines visible.",
     ),
     "concentrations": (
         "Concentrations",
@@ -45,7 +45,8 @@ CAPTIONS = {
     ),
     "budget": (
         "Budget",
-        "The sum of all rates is at most rate_budget. The picture shows the share of each block.",
+        "The sum of all rates is at most rate_budget. The picture shows the share of each block, "
+        "and the slack, which no block spends.",
     ),
 }
 

@@ -91,7 +91,7 @@ def ridges(
         panels[0].set_ylim(num - 0.4, -0.6 - max(height - 1, 0))
         if not many:
             figure.legend(title="step", loc="outside right upper")
-        title = f"Distribution of the learning rate of {count(num)}"
+        title = f"Distribution of the learning rate of {count(num)}, peaks scaled to one height"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         return finish(figure)
 

@@ -103,11 +103,10 @@ def concentrations(metrics: Any, *, blocks: Names = None, dark: bool = False) ->
             for i in {label: i for i, label in enumerate(whole.labels)}.values():
                 ax.plot(history.step, line[:, i], "--", color=tones["line"], lw=1.5)
                 ax.annotate(
-                    "slack",
-                    (history.step[-1], line[-1, i]),
-                    xytext=(-4, 4),
+                    "slack: what no block spends",
+                    (history.step[0], line[0, i]),
+                    xytext=(8, 2),
                     textcoords="offset points",
-                    ha="right",
                 )
         log_limits(ax, shown, decades=40)
         _lines(ax, history, values, dark)
@@ -202,7 +201,7 @@ def _spent(ax: Axes, history: History, slack: np.ndarray, tones: dict[str, str])
     for number, (label, i) in enumerate({n: i for i, n in enumerate(history.labels)}.items()):
         color, suffix = FEW[number % len(FEW)], f" [{shorten(label, 12)}]" if label else ""
         ax.plot(history.step, history["spent"][:, i], color=color, lw=2, label="spent" + suffix)
-        ax.plot(history.step, slack[:, i], "--", color=tones["line"], label="slack" + suffix)
+        ax.plot(history.step, slack[:, i], "--", color=tones["line"], label="slack, not spent" + suffix)
     log_limits(ax, np.concatenate([history["spent"], slack]), decades=7)
     ax.grid(alpha=0.6)
     ax.set_title("The budget")
