@@ -33,4 +33,5 @@ def root(x: jax.Array) -> jax.Array:
     The derivative of ``jnp.sqrt`` at 0 is infinite, which makes a gradient through an update NaN.
     """
     positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), x)  # NaN stays NaN
+    otherwise = jax.lax.stop_gradient(x)  # 0 stays 0, and NaN stays NaN
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), otherwise)

@@ -12,19 +12,19 @@ def used_rates(state: ScaleByDartState) -> jax.Array:
     return state.last_rates
 
 
-def of_blocks(per_component: jax.Array, state: ScaleByDartState) -> jax.Array:
-    """Without the slack, which is the last component where there is one."""
+def without_slack(per_component: jax.Array, state: ScaleByDartState) -> jax.Array:
+    """The components of the blocks, without the slack: the last one, where there is one."""
     return per_component[: state.last_rates.shape[0]]
 
 
 def block_concentrations(state: ScaleByDartState) -> jax.Array:
     """Concentrations, without the slack's."""
-    return of_blocks(state.concentration, state)
+    return without_slack(state.concentration, state)
 
 
 def mean_shares(state: ScaleByDartState) -> jax.Array:
     """Mean share of the budget."""
-    return of_blocks(dirichlet.mean(state.concentration), state)
+    return without_slack(dirichlet.mean(state.concentration), state)
 
 
 def expected_rates(state: ScaleByDartState) -> jax.Array:
@@ -35,5 +35,5 @@ def expected_rates(state: ScaleByDartState) -> jax.Array:
 
 def rate_stds(state: ScaleByDartState) -> jax.Array:
     """Standard deviations of the rates, the schedule included."""
-    variance = of_blocks(dirichlet.variance(state.concentration), state)
+    variance = without_slack(dirichlet.variance(state.concentration), state)
     return state.last_multiplier * (state.rate_budget - state.min_rate) * jnp.sqrt(variance)

@@ -13,8 +13,8 @@ from dartax._trees import PyTree, path_names
 
 Labels = PyTree | Callable[[str], Hashable] | None
 
-# A sample that has been heard may be silent for so many updates before it moves on. One that is
-# heard makes up for so many silent ones: in a good sample more than one update in 21 is heard.
+# A sample moves on when its count of silent updates exceeds PATIENCE. An update that is heard takes
+# HEARD off the count, so a sample stays if more than one update in 21 is heard.
 PATIENCE, HEARD = 100, 20
 # Squares from here on overflow float32.
 LARGEST_ROOT = 2.0**64
@@ -138,7 +138,7 @@ def silent_updates(
     """How long the sample of every block has been silent, int32 ``[K]``.
 
     That is its updates with a gradient but without a hypergradient, less HEARD for each update with
-    one, and at least 0.
+    one, in [0, PATIENCE + 1].
 
     Args:
       before: The same at the last update, ``[K]``.

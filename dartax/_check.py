@@ -136,11 +136,11 @@ def decay(name: str, value: Any, usual: float = 0.9) -> None:
     number(name, value, "a number in [0, 1)", lambda v: 0 <= v < 1, f"{usual} is usual")
 
 
-def rounded_decay(name: str, value: Any) -> None:
+def rounded_memory_decay(value: Any) -> None:
     """Checks that the decay in a scalar array, unless it is traced, was not rounded to 1."""
     if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value >= 1:
         raise ValueError(
-            f"{name} must be below 1, got {value.astype(jnp.float32)} as {value.dtype}; with "
+            f"memory_decay must be below 1, got {value.astype(jnp.float32)} as {value.dtype}; with "
             "optax.inject_hyperparams pass hyperparam_dtype=jnp.float32."
         )
 

@@ -16,22 +16,22 @@ and near -1 where they agree on shorter ones. The concentrations move by
 Then all concentrations, the slack's too, are multiplied by one number. That leaves the mean rates
 alone, and makes the smallest concentration of all blocks equal ``concentration``.
 
-A block learns only where h_i is not 0, for elsewhere G_i is what the others want. Growth needs
-evidence. Let t_i be the number of the block's hypergradients so far, f the present value of the
-user's schedule, T its length, and A in [0, 1] the part of f that it will still lose
-(``_schedule.py``). Without an end, A = 0 and A / T = 0. If a mean of the parameters will be
-evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 while f > 0. Let r_i be the
-progress of the past steps, which is 1 for a random walk, and n_i in [0, 1] the noise of their
-directions (``_walk.py``). Let rate_i be the mean rate of the block without f, z_i the root mean
-square of its memory, and w_i that of its matrices at ``init``. A block without matrices takes the
-smallest w of the others, or 0.04 if all are 0. Then
+A block learns only where h_i is not 0: elsewhere G_i = -l'_i * pi_i * sum_j h_j holds only what the
+other blocks want of the budget. Growth needs evidence. Let t_i be the number of the block's
+hypergradients so far, f the present value of the user's schedule, T its length, and A in [0, 1] the
+part of f that it will still lose (``_schedule.py``). Without an end, A = 0 and A / T = 0. If a mean
+of the parameters will be evaluated, which does what a decay to 0 does, A = 1 and A / T = 0 while f
+is positive. Let r_i be the progress of the past steps, which is 1 for a random walk, and n_i in [0,
+1] the noise of their directions (``_walk.py``). Let rate_i be the mean rate of the block without f,
+d_i the root mean square of its memory, and size_i that of its matrices at ``init``. A block without
+matrices takes the smallest size of the others, or 0.04 if all are 0. Then
 
-    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t_i)) * max(1, 0.025 w_i / rate_i)
+    ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t_i)) * max(1, 0.025 size_i / rate_i)
     limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / (1 + t_i)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
-    astray_i    = n_i * clip(3 - r_i, 0, 1) * max(1 - A, clip(4 z_i^2 / w_i^2 - 1, 0, 1))
+    astray_i    = n_i * clip(3 - r_i, 0, 1) * max(1 - A, clip(4 d_i^2 / size_i^2 - 1, 0, 1))
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
 of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
@@ -40,10 +40,9 @@ any rate (short-horizon bias, Wu et al., 2018, `arXiv:1803.02021
 <https://arxiv.org/abs/1803.02021>`_), so the tolerance is 0 where the directions look like noise.
 Where the steps follow noise, or undo one another, the pace of the fall is up to 3 / (1 + t_i). On
 noise s is above 0 about as often as below, so a rate far below the size of the weights grows as
-well, and settles near 0.015 w_i. *fallen* is how far log f has just fallen, if it has not fallen to
--inf; it counts toward that fall. Noise needs no fall if
-the rate will be annealed anyway, or a mean evaluated, unless it has moved the block by more than
-half the size of its weights.
+well, and settles near 0.015 size_i. *fallen* is how far log f has just fallen, if it has not fallen
+to -inf; it is subtracted from that fall. Noise needs no fall if the rate will be annealed anyway,
+or a mean evaluated, unless it has moved the block by more than half the size of its weights.
 
 Where G_i is more than 10 times the root mean square of the gradients before it, a_i drops by log 10
 in place of the change above: steps that diverge leave no time for averages. Whenever a_i falls, the
@@ -207,8 +206,8 @@ def dart_rule(
         moved *= f32(concentration) / level
         moved = jnp.clip(moved, MIN_CONCENTRATION, MAX_CONCENTRATION)
         # Past steps count as if they had been as short as the new rate makes them.
-        moments = Moments(mu, nu, change)
-        return moved, moments, jnp.minimum(factor, 1.0)
+        ratchet = jnp.minimum(factor, 1.0)
+        return moved, Moments(mu, nu, change), ratchet
 
     return Rule(init, learn, in_log_space=True, uses_walk=True)
 

@@ -11,7 +11,7 @@ import numpy as np
 from dartax import _check
 from dartax._colored import Description
 from dartax._find import find_states, labels_of, own_leaves
-from dartax._health import RULES, TROUBLE, Block, blocks_of, health
+from dartax._health import RULES, TROUBLE, Block, health, table_rows
 from dartax._state import ScaleByDartState
 from dartax._trees import PyTree, path_names
 
@@ -64,16 +64,17 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
       - ``not started``: No gradient has judged a rate yet: fewer than two updates.
       - ``no signal``: The last gradient of the block was zero, or orthogonal to its steps. Look for
         a dead or unused layer, or a schedule that is 0.
-      - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % while the
-        slack has less than 5 %. Its steps also agree, and longer steps of all blocks would have
-        been better. Raise ``rate_budget``. With ``paper_dart``: it has more than 95 %, or its
-        concentration is at 10, where the published formula clips it.
+      - ``pinned at max``: The block has more than 95 % of the budget, or more than 5 % of an equal
+        share while the slack has less than 5 % of the budget. Its steps also agree, and longer
+        steps of all blocks would have been better. Raise ``rate_budget``. With ``paper_dart``: it
+        has more than 95 %, or its concentration is at 10, where the published formula clips it.
       - ``pinned at min``: The mean rate is within 5 % of a positive ``min_rate``; with
         ``paper_dart``: or the concentration is clipped at 0.1. Lower ``min_rate``.
       - ``collapsed``: The standard deviation of the share is more than twice its mean (a
         concentration below about 1/4): nearly all draws are close to ``min_rate``, and a few
         are large. Raise ``concentration``.
-      - ``growing``: ``dart`` raised the rate by more than 0.1 % in the last update; with
+      - ``growing``: ``dart`` raised the concentration by more than 0.1 % in the last update, and
+        so the rate, as long as there is slack; with
         ``paper_dart``: ``s > 0.5``. If a run on few data ends like this, watch the test loss: the
         model may overfit.
       - ``shrinking``: ``dart`` lowered it by more than 0.1 %; with ``paper_dart``: ``s < -0.5``.
@@ -111,7 +112,7 @@ def describe(opt_state: PyTree, params: PyTree, *, max_rows: int | None = 40) ->
                 "opt_state must hold concrete arrays, got a tracer; call describe outside jax.jit, "
                 "and metrics inside."
             )
-        blocks = blocks_of(state)
+        blocks = table_rows(state)
         members: list[list[int]] = [[] for _ in blocks]
         for leaf, block in zip(own_leaves(state, params), map(int, state.block_index), strict=True):
             members[block].append(leaf)
@@ -133,9 +134,13 @@ def _title(label: str, state: ScaleByDartState, blocks: list[Block]) -> list[str
     limits = f"rates in [{float(state.min_rate):.3g}, {float(state.rate_budget):.3g}]"
     spent = f"{sum(block.share for block in blocks):.3g} of the budget spent"
     return [
-        *textwrap.wrap(facts + _count(map(health, blocks)), WIDTH, subsequent_indent="  "),
-        f"multiplier {float(state.last_multiplier):.3g}; before it, {limits}, {spent}",
+        *_wrapped(facts + _count(map(health, blocks))),
+        *_wrapped(f"multiplier {float(state.last_multiplier):.3g}; before it, {limits}, {spent}"),
     ]
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ")
 
 
 def _count(words: Iterable[str]) -> str:

@@ -28,7 +28,8 @@ def distill_schedule(run: Any) -> dict[str, optax.Schedule]:
     Args:
       run: What was recorded of a run, in any form that :mod:`dartax.plot` takes: a sequence of
         ``dartax.metrics(opt_state, params)``, a mapping of columns, or a path.
-        Only ``step`` and ``expected_rate/PATH`` are read, with or without the prefix ``dart/``.
+        What is read is ``step``, ``expected_rate/PATH`` and, to tell which leaves share a block,
+        ``rate/PATH``, with or without the prefix ``dart/``.
         Missing rates (``None`` or NaN) are left out, and so are rates within tensors.
 
     Returns:

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dartax._trees import PyTree
 from dartax._walk import WhiteNoise
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)

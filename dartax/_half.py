@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from dartax._trees import PyTree
 
 
 def widened(tree: PyTree) -> PyTree:

@@ -1,7 +1,8 @@
 """The health of every block: what the state says of it, and one word for it.
 
-The rules read only the state: the moments of the concentrations' gradient after the last update,
-and the Dirichlet. Each word is one small function.
+The rules read only the state: the Dirichlet, and after the last update the hypergradients, the
+moments of the concentrations' gradient and the memory of past steps. Each word is one small
+function.
 """
 
 import math
@@ -18,9 +19,9 @@ from dartax._block_values import (
     block_concentrations,
     expected_rates,
     mean_shares,
-    of_blocks,
     rate_stds,
     used_rates,
+    without_slack,
 )
 from dartax._state import ScaleByDartState
 
@@ -30,8 +31,8 @@ NEAR = 0.05
 WIDE = 2.0
 # A rate of dart that moves by at most this part per update has settled.
 STILL = 1e-3
-# Two standard deviations of the noise of s, an average over about 10 updates. The words for
-# paper_dart, whose concentrations follow s both up and down, are judged by it.
+# Two standard deviations of the noise of s, an average over about 10 updates. It judges the words
+# for paper_dart, whose concentrations follow s both up and down, and ``needed``.
 NOISE = 0.5
 # Steps agree when their squared distance is more than this many times that of a random walk.
 AGREEMENT = 2.0
@@ -55,7 +56,8 @@ class Block(NamedTuple):
       needed: Whether the block's steps agree, and longer steps of all blocks would have been better
         at the last update, beyond the noise of s; of ``dart`` only.
       s: Mean of the last gradients over their root mean square, with its sign turned: near 1 where
-        longer steps would have been better, near -1 where shorter ones would. See ``_dart.py``.
+        longer steps would have been better, near -1 where shorter ones would. Only that of
+        ``paper_dart`` is read.
       change: Last change of the log concentration; of ``dart`` only.
     """
 
@@ -133,7 +135,8 @@ def _signal(state: ScaleByDartState) -> np.ndarray:
     """The s by which the last update moved the concentration of every block."""
     root = _gradient_size(state)
     inverse_root = np.where(root > 0, 1 / np.where(root > 0, root, 1.0), 0.0)
-    return -np.asarray(debias(state.moments.hyper_mu, _dart.B1, _num(state))) * inverse_root
+    decay = _dart.B1 if _has_slack(state) else _paper_dart.B1
+    return -np.asarray(debias(state.moments.hyper_mu, decay, _num(state))) * inverse_root
 
 
 def _gradient_size(state: ScaleByDartState) -> np.ndarray:
@@ -143,7 +146,7 @@ def _gradient_size(state: ScaleByDartState) -> np.ndarray:
 
 
 def _num(state: ScaleByDartState) -> jax.Array:
-    """How many gradients the moments hold."""
+    """About how many gradients the moments hold: some may have underflowed."""
     return state.hyper_count if _has_slack(state) else state.count - state.skipped - 1
 
 
@@ -165,10 +168,10 @@ def _has_slack(state: ScaleByDartState) -> bool:
     return state.concentration.size > state.last_rates.size
 
 
-def blocks_of(state: ScaleByDartState) -> list[Block]:
+def table_rows(state: ScaleByDartState) -> list[Block]:
     """Every block of the state, in the order of ``block_index``."""
     share, min_rate = np.asarray(mean_shares(state), float), float(state.min_rate)
-    variance = np.asarray(of_blocks(dirichlet.variance(state.concentration), state), float)
+    variance = np.asarray(without_slack(dirichlet.variance(state.concentration), state), float)
     relative_std = np.sqrt(variance) / np.where(share > 0, share, 1.0)
     lift = (
         (float(state.rate_budget) - min_rate) * share / min_rate if min_rate else share + math.inf

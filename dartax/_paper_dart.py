@@ -161,7 +161,7 @@ def paper_dart(
     _check.within("concentration", concentration, "[0.1, 10]", "the original's is 1.0")
     _check.number("eta", eta, "a non-negative number", lambda v: v >= 0, "the original's is 0.01")
     _check.decay("b1", b1)
-    _check.decay("b2", b2)
+    _check.decay("b2", b2, usual=B2)
     _check.eps(eps)
     _check.weight_decay(weight_decay)
     _check.mask(mask)

@@ -28,7 +28,7 @@ LEAST_CORRELATION = 0.06
 LEAST_CONTRAST = 2.0
 
 
-def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> None:
+def check_sign(inner: optax.GradientTransformation, params: Any) -> None:
     """Checks that ``inner`` gives directions along the gradient, not against it.
 
     A whole optimizer such as ``optax.adam(1e-3)`` flips the sign, for its updates are to be added.
@@ -63,7 +63,7 @@ def check_sign(name: str, inner: optax.GradientTransformation, params: Any) -> N
         return
     if along < 0:
         raise ValueError(
-            f"{name} must keep the sign of the gradient, got a transform that flips it, as a whole "
+            "inner must keep the sign of the gradient, got a transform that flips it, as a whole "
             "optimizer such as optax.adam(1e-3) does; pass the direction alone, e.g. "
             "optax.scale_by_adam()."
         )

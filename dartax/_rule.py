@@ -23,7 +23,8 @@ class Context(NamedTuple):
       weight_rms: Root mean square of every block's matrices at ``init``, float32 ``[K]``.
       displacement: Root mean square of the elements of the memory, how far the past steps moved
         them, ``[K]``.
-      progress: How far the past steps got, 1 for a free walk, ``[K]``; see ``dartax/_walk.py``.
+      progress: Squared distance that the past steps got, over that of a free walk, ``[K]``; see
+        ``dartax/_walk.py``.
       noise: How much their directions count as white noise, ``[K]`` in [0, 1].
       schedule_steps: Updates until the user's schedule ends, counted from its start; 0 if it does
         not, 2**31 if a mean is evaluated. float32 scalar, as the others.

@@ -48,7 +48,8 @@ class ScaleByDartState(NamedTuple):
       block_index: Block of every parameter leaf, n uint32 scalars.
       concentration: Concentrations of the Dirichlet that gave the last rates, float32 ``[C]``.
       moments: What the rule keeps of the gradient with respect to those of the blocks.
-      hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``.
+      hyper_count: Hypergradients of every block so far that were not 0, int32 ``[K]``. (Those whose
+        squares underflow count, though the moments do not move then.)
       walk: Lengths of the past steps, and what they would add up to under white noise.
       silent_updates: How long the sample of every block has been silent, int32 ``[K]``; at first
         as long as it may (``_blocks.py``).

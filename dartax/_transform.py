@@ -92,9 +92,9 @@ def scale_by_dirichlet(
 
     def init_fn(params: PyTree) -> ScaleByDartState:
         _trees.check_params(params)
-        _check.rounded_decay("memory_decay", memory_decay)
+        _check.rounded_memory_decay(memory_decay)
         params = in_pairs(params)
-        _probe.check_sign("inner", inner, params)
+        _probe.check_sign(inner, params)
         of_leaf, num_blocks = _blocks.number_blocks(params, labels)
         white_noise = (
             _probe.white_noise(inner, params, of_leaf, num_blocks)
@@ -133,9 +133,9 @@ def scale_by_dirichlet(
         check_state(state)
         return _blocks.blocks_of(state.step_memory, labels, state.block_index, state.sample_phase)
 
-    def score(updates, grad, value, memory, blocks):
+    def score(gradient, grad, value, memory, blocks):
         """h, |z|^2 and |g|^2 of every block, and whether gradients and loss are finite."""
-        h, square_length, squares = arithmetic.judge(updates, memory, blocks)
+        h, square_length, squares = arithmetic.judge(gradient, memory, blocks)
         usable = jnp.all(jnp.isfinite(squares))
         if grad is not None:
             h, _, squares = arithmetic.judge(grad, memory, blocks)
@@ -155,17 +155,17 @@ def scale_by_dirichlet(
         part = jax.tree.map(lambda p: jnp.where(jnp.isfinite(p), f32(p), 0.0), part)
         return direction, decay.update(remembered, decay.init(part), part)[0]
 
-    def step(updates, state, params, extra_args, multiplier):
+    def step(gradient, state, params, extra_args, multiplier):
         value = extra_args.get("value")
         blocks = blocks_in(state)
-        given = {"updates": updates, "params": params, "grad": extra_args.get("grad")}
-        updates, params, grad = _trees.checked(given, state.step_memory, arithmetic.memory_shape)
+        given = {"updates": gradient, "params": params, "grad": extra_args.get("grad")}
+        gradient, params, grad = _trees.checked(given, state.step_memory, arithmetic.memory_shape)
         if params is not None:
             _trees.check_inner_state(inner, state.inner_state, params)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
         h, square_length, gradient_squares, usable = score(
-            updates, grad, value, state.step_memory, blocks
+            gradient, grad, value, state.step_memory, blocks
         )
 
         # 2. Move the concentrations. At the first update the memory and h are 0: nothing moves.
@@ -185,12 +185,12 @@ def scale_by_dirichlet(
         # 4. Scale the directions. A skipped step has rates of 0.
         usable &= jnp.all(jnp.isfinite(multiplier * rates))
         overflows = usable & ~jnp.all(jnp.isfinite(h) & jnp.isfinite(moments.hyper_nu))
-        is_sampled = sizes < blocks.sizes(updates)
+        is_sampled = sizes < blocks.sizes(gradient)
         silent = _blocks.silent_updates(state.silent_updates, h, gradient_squares, context.updates)
         blind = _blocks.blind(silent, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
         direction, remembered, inner_state, taken = arithmetic.directions(
-            inner, updates, state.inner_state, params, usable & ~overflows, blocks,
+            inner, gradient, state.inner_state, params, usable & ~overflows, blocks,
             {**extra_args, "grad": grad, "step_memory": state.step_memory},
         )  # fmt: skip
         if decays(weight_decay):

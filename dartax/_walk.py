@@ -1,12 +1,12 @@
 """How far the past steps got: evidence, from the steps alone, for longer or shorter ones.
 
-The memory z_t = keep * z_{t-1} + w_t * u_t is the displacement of the past steps. If the gradients
+The memory z_t = keep * z_{t-1} + w_t * v_t is the displacement of the past steps. If the gradients
 were white noise, the directions would still agree for a while, because the inner transform averages
 gradients. With a correlation of a * c^n between directions n steps apart, and steps of the lengths
-|w_t u_t|, the expected squared length F_t of that *free walk* is
+|w_t v_t|, the expected squared length F_t of that *free walk* is
 
-    F_t = keep^2 * F_{t-1} + 2 * |w_t u_t| * keep * O_{t-1} + |w_t u_t|^2
-    O_t = c * (keep * O_{t-1} + a * |w_t u_t|)
+    F_t = keep^2 * F_{t-1} + 2 * |w_t v_t| * keep * O_{t-1} + |w_t v_t|^2
+    O_t = c * (keep * O_{t-1} + a * |w_t v_t|)
 
     progress = |z_t|^2 / F_t
 
@@ -20,10 +20,10 @@ scales gradients to a fixed size, as Adam does, white noise gives directions of 
 an average of noise is small. Gradients that agree give more, and gradients that bounce across a
 valley cancel, and give less:
 
-    power_i = (mean square of u_i, averaged over about 20 updates) / p
+    power_i = (mean square of v_i, averaged over about 20 updates) / p
     noise_i = clip(2 - |log power_i| / NOISE_WIDTH, 0, 1)
 
-Here u_i is the direction as it is remembered, with the weight decay. That hides no noise as long as
+Here v_i is the direction as it is remembered, with the weight decay. That hides no noise as long as
 the decay is small beside Adam's noise, whose root mean square is 0.23: weight_decay times that of
 the weights should be below 0.1.
 

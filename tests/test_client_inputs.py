@@ -283,6 +283,18 @@ def test_outside_jit_an_inner_transform_may_use_numpy():
     assert np.all(updates["w"] < 0)
 
 
+def test_an_inner_transform_may_read_values_when_its_state_is_made():
+    scale = lambda params: {"scale": 1 + float(jnp.std(params["w"]))}  # noqa: E731
+    inner = optax.GradientTransformation(
+        scale, lambda updates, state, _: (optax.tree.scale(state["scale"], updates), state)
+    )
+    params = {"w": jax.random.normal(jax.random.key(0), (4, 3))}
+    optimizer = dartax.dart(inner=inner)
+    state = optimizer.init(params)
+    updates, _ = jax.jit(optimizer.update)(params, state, params)
+    assert np.any(updates["w"] != 0)
+
+
 def test_a_whole_optimizer_that_asks_for_the_loss_is_refused():
     with pytest.raises(ValueError, match="inner must keep the sign of the gradient"):
         dartax.dart(inner=optax.polyak_sgd()).init({"w": jnp.ones((4, 3))})

@@ -196,6 +196,11 @@ def test_the_table_fits_a_terminal():
         line.index(word) for line in lines[2:] for word in ("health", "not started") if word in line
     }
     assert len(starts) == 1
+    warmup = optax.linear_schedule(1.23e-6, 1.0, 10)
+    state = dartax.dart(warmup, min_rate=1.23e-6, rate_budget=1.23e5).init(deep)
+    lines = dartax.describe(state, deep).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "; before it, rates in [1.23e-06, 1.23e+05], " in lines[1]
     shared = dartax.describe(dartax.dart(blocks=lambda path: 0).init(layers(30)), layers(30))
     assert "layer_000/kernel + 29 more" in shared
 

@@ -187,6 +187,18 @@ def test_both_refuse_the_same_gradients(bad, monkeypatch):
             assert np.isfinite(squares).tolist() == expected
 
 
+@pytest.mark.parametrize("implementation", ["fused", "plain"])
+def test_directions_are_judged_by_their_blocks(implementation):
+    # The squares of each leaf's direction are finite, and their sum over both is not.
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    options = {"inner": optax.scale(10.0), "implementation": implementation}
+    for blocks, skipped in ((None, 0), (lambda path: "all", 1)):
+        optimizer = dartax.scale_by_dart(blocks=blocks, **options)
+        gradient = jax.tree.map(lambda p: 1e18 * p, params)
+        _, state = optimizer.update(gradient, optimizer.init(params), params)
+        assert int(state.skipped) == skipped
+
+
 def test_a_fusable_transform_survives_what_keeps_its_functions():
     inner = dartax.inner.adam()
     copies = (

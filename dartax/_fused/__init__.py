@@ -1,9 +1,9 @@
 """The step of ``dartax/_plain.py`` in less time and memory, arranged for XLA.
 
 It has the same functions, with the same results to rounding, except that the memory holds a sample
-of each large tensor (``_sample.py``): h, |z|^2 and |u|^2 are then those of the sample. Each idea
-beyond the formulas has a file of its own, with the figure that it gains and the command that shows
-it:
+of each large tensor (``_sample.py``): |z|^2 and |u|^2 are then those of the sample, and h is
+estimated from it. Each idea beyond the formulas has a file of its own, with the figure that it
+gains and the command that shows it:
 
     ../_fusable.py   inner transforms that skip a step by themselves, and give a part of their
                      direction again
@@ -98,7 +98,8 @@ def directions(
     part_of = functools.partial(part_like, extra_args["step_memory"], phases=phases(blocks))
     if update is None or not update.finite:
         direction, new_state = inner.update(updates, inner_state, params, **extra_args)
-        taken &= jnp.all(jnp.isfinite(sums(jnp.square, jax.tree.leaves(direction))))
+        squares = per_block(sums(jnp.square, jax.tree.leaves(direction)), blocks)
+        taken &= jnp.all(jnp.isfinite(squares))
         direction = zero_unless(taken, direction)
         return direction, part_of(direction), select(taken, new_state, inner_state), taken
     extra_args = {**extra_args, "taken": taken}

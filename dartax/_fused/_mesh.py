@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-PyTree = Any
+from dartax._trees import PyTree
 
 
 def is_split(tree: PyTree) -> bool:

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dartax._fused._mesh import is_split
-
-PyTree = Any
+from dartax._trees import PyTree
 
 # Leaves are updated in groups of this many elements: enough for many cores to share, and few enough
 # that their moments are still in the caches when the parameters are computed from them.

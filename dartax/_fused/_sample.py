@@ -27,15 +27,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dartax._fused._mesh import auto_sharded, is_split
+from dartax._trees import PyTree
 
-PyTree = Any
 Shape = tuple[int, ...]
 
 # A sample holds at least one element in 48, ...

@@ -38,9 +38,8 @@ from dartax._blocks import LARGEST_ROOT
 from dartax._fusable import FusableUpdate, choose, fusable
 from dartax._fused._mesh import auto_sharded
 from dartax._half import as_half, in_float32
+from dartax._trees import PyTree
 from dartax.inner import adam
-
-PyTree = Any
 
 GRANULARITIES = ("channel", "element")
 
@@ -354,7 +353,7 @@ def scale_by_shares(
     inner = in_float32(inner) if known is None else inner
 
     def init_fn(params):
-        _probe.check_sign("inner", inner, params)
+        _probe.check_sign(inner, params)
 
         def full(value):
             def leaf(p):

@@ -49,7 +49,7 @@ def adam(
       >>> optimizer = dartax.dart(inner=dartax.inner.adam(b2=0.999))
     """
     _check.decay("b1", b1)
-    _check.decay("b2", b2)
+    _check.decay("b2", b2, usual=0.99)
     _check.eps(eps)
     _check.number("eps_root", eps_root, "a non-negative number", lambda v: v >= 0, "0.0 is usual")
     if mu_dtype is not None:
@@ -94,7 +94,7 @@ def adam(
 
     def again(updates, state, taken, part):
         leaf = functools.partial(direction, taken, number(state.count))
-        g = part(updates) if nesterov else state.mu  # not read
+        g = part(updates) if nesterov else state.mu  # only its structure is used
         return jax.tree.map(leaf, g, part(state.mu), part(state.nu))
 
     # The average m of white noise has the mean square (1 - b1) / (1 + b1).

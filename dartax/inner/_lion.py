@@ -1,6 +1,6 @@
 """Lion's directions, signs of an average."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,7 @@ from dartax import _check
 from dartax._fusable import FusableUpdate, choose, decayed_sum
 from dartax._fused._order import leaf_by_leaf
 from dartax._half import widened
-
-PyTree = Any
+from dartax._trees import PyTree
 
 
 class LionState(NamedTuple):
@@ -46,7 +45,7 @@ def lion(b1: float = 0.9, b2: float = 0.99) -> optax.GradientTransformationExtra
       >>> optimizer = dartax.dart(inner=dartax.inner.lion())
     """
     _check.decay("b1", b1)
-    _check.decay("b2", b2)
+    _check.decay("b2", b2, usual=0.99)
 
     def init_fn(params):
         return LionState(

@@ -13,7 +13,7 @@ size of Adam's (Liu et al., 2025, arXiv:2502.16982), so that both kinds of block
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,8 @@ from dartax import _check
 from dartax._fusable import FusableUpdate, decayed_sum
 from dartax._fused._mesh import auto_sharded
 from dartax._half import as_half, widened
+from dartax._trees import PyTree
 from dartax.inner._adam import adam
-
-PyTree = Any
 
 # Coefficients of the iteration. They make small singular values grow fast: five steps bring those
 # above 0.002 |G| to between 0.68 and 1.21.
@@ -121,7 +120,7 @@ def muon(
       ...     return {name: 0 < int(name[-1]) < 3 and p.ndim == 2 for name, p in params.items()}
       >>> optimizer = dartax.dart(inner=dartax.inner.muon(matrices=hidden))
     """
-    _check.decay("momentum", momentum)
+    _check.decay("momentum", momentum, usual=0.95)
     _check.number("steps", steps, "a positive integer", lambda v: v > 0 and v == int(v), "pass 5")
     _check.mask(matrices, "matrices")
 

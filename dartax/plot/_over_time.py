@@ -201,7 +201,8 @@ def _spent(ax: Axes, history: History, slack: np.ndarray, tones: dict[str, str])
     for number, (label, i) in enumerate({n: i for i, n in enumerate(history.labels)}.items()):
         color, suffix = FEW[number % len(FEW)], f" [{shorten(label, 12)}]" if label else ""
         ax.plot(history.step, history["spent"][:, i], color=color, lw=2, label="spent" + suffix)
-        ax.plot(history.step, slack[:, i], "--", color=tones["line"], label="slack, not spent" + suffix)
+        unspent = "slack, not spent" + suffix
+        ax.plot(history.step, slack[:, i], "--", color=tones["line"], label=unspent)
     log_limits(ax, np.concatenate([history["spent"], slack]), decades=7)
     ax.grid(alpha=0.6)
     ax.set_title("The budget")
