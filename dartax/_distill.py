@@ -139,14 +139,18 @@ def scale_by_learning_rates(
     for path, schedule in schedules.items():
         _check.schedule(f"schedules[{path!r}]", schedule)
 
-    def init_fn(params: PyTree) -> optax.ScaleByScheduleState:
-        for path in path_names(params):
+    def paths_of(tree: PyTree) -> list[str]:
+        for path in path_names(tree):
             if path not in schedules:
                 raise ValueError(
                     "schedules must have one for every leaf of the parameters, got none for "
                     f"'{path}'; add it, or freeze the leaf with optax.partition and "
                     "optax.set_to_zero."
                 )
+        return path_names(tree)
+
+    def init_fn(params: PyTree) -> optax.ScaleByScheduleState:
+        paths_of(params)
         return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
 
     def update_fn(
@@ -157,7 +161,7 @@ def scale_by_learning_rates(
         leaves, structure = jax.tree.flatten(updates)
         rates = [
             value_at(schedules[path], state.count, f"schedules[{path!r}]")
-            for path in path_names(updates)
+            for path in paths_of(updates)
         ]
         # In float32 at least: in float16 a small rate would be 0.
         leaves = [(-r * u).astype(u.dtype) for r, u in zip(rates, leaves, strict=True)]

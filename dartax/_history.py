@@ -91,6 +91,8 @@ class History:
         """Returns the row nearest to each of ``steps``; by default ``num`` evenly spaced rows."""
         if steps is None:
             return sorted(set(np.linspace(0, len(self.step) - 1, num).round().astype(int)))
+        if np.ndim(steps) != 1 or np.asarray(steps).dtype.kind not in "iuf":
+            raise TypeError(f"steps must be a sequence of numbers, got {steps!r}; pass a list.")
         first, last = self.step[0], self.step[-1]
         outside = [step for step in steps if not first <= step <= last]
         if outside or not len(steps):
@@ -104,14 +106,12 @@ class History:
         """Keeps the blocks of the named leaves, in the order of the names; ``None`` keeps all."""
         if blocks is None:
             return self
-        if isinstance(blocks, str):
-            raise TypeError(
-                f"blocks must be a sequence of names, got the string {blocks!r}; pass [{blocks!r}]."
-            )
+        if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+            raise TypeError(f"blocks must be a sequence of names, got {blocks!r}; pass a list.")
         number = {path: i for i, paths in enumerate(self.paths) for path in paths}
         for name in blocks:
             if name not in number:
-                near = difflib.get_close_matches(name, number, n=1, cutoff=0) or ["none"]
+                near = difflib.get_close_matches(str(name), number, n=1, cutoff=0) or ["none"]
                 raise ValueError(
                     f"blocks must name recorded leaves, got {name!r}; did you mean {near[0]!r}?"
                 )
@@ -188,15 +188,16 @@ def _steps(columns: dict[str, np.ndarray], prefixes: list[str], num: int) -> np.
 
 
 def _joined(history: History) -> History:
-    """Joins leaves that share a block, which have the same drawn rate at every step."""
-    rate = history.columns.get("rate")
+    """Joins leaves that share a block, which have the same drawn and mean rate at every step."""
+    rate, mean = history.columns.get("rate"), history["expected_rate"]
     if rate is None:
         return history
     blocks: dict[Any, list[int]] = {}
     for leaf, label in enumerate(history.labels):
         drawn = rate[:, leaf]
         # Rates that are all 0 tell nothing: no step was taken, or the draws underflowed.
-        same = (label, drawn.tobytes()) if np.any(drawn > 0) else leaf
+        recorded = (label, drawn.tobytes(), mean[:, leaf].tobytes())
+        same = recorded if np.any(drawn > 0) else leaf
         blocks.setdefault(same, []).append(leaf)
     joined = history._of([leaves[0] for leaves in blocks.values()])
     return dataclasses.replace(
@@ -243,14 +244,20 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     """Converts rows to columns; a missing value becomes NaN."""
     kept = jax.device_get(
         [
-            {short: row[name] for name in row if _of_dart(short := name.removeprefix("dart/"))}
+            {short: row[name] for name in row if _of_dart(short := str(name).removeprefix("dart/"))}
             for row in rows
         ]
     )
     names = dict.fromkeys(name for row in kept for name in row)
 
     def value(row: dict[str, Any], name: str) -> float:
-        return float("nan") if row.get(name) is None else float(row[name])
+        try:
+            return float("nan") if row.get(name) is None else float(row[name])
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"metrics must hold numbers, got {row[name]!r} for {name}; record "
+                "dartax.metrics(opt_state, params)."
+            ) from None
 
     return {name: np.array([value(row, name) for row in kept]) for name in names}
 

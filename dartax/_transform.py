@@ -160,8 +160,6 @@ def scale_by_dirichlet(
         blocks = blocks_in(state)
         given = {"updates": gradient, "params": params, "grad": extra_args.get("grad")}
         gradient, params, grad = _trees.checked(given, state.step_memory, arithmetic.memory_shape)
-        if params is not None:
-            _trees.check_inner_state(inner, state.inner_state, params)
 
         # 1. Score the past rates: the new gradient times the memory of the steps that they made.
         h, square_length, gradient_squares, usable = score(
@@ -189,10 +187,14 @@ def scale_by_dirichlet(
         silent = _blocks.silent_updates(state.silent_updates, h, gradient_squares, context.updates)
         blind = _blocks.blind(silent, is_sampled)
         blocks = blocks._replace(phase=state.sample_phase + blind.astype(jnp.int32))
-        direction, remembered, inner_state, taken = arithmetic.directions(
-            inner, gradient, state.inner_state, params, usable & ~overflows, blocks,
-            {**extra_args, "grad": grad, "step_memory": state.step_memory},
-        )  # fmt: skip
+        try:
+            direction, remembered, inner_state, taken = arithmetic.directions(
+                inner, gradient, state.inner_state, params, usable & ~overflows, blocks,
+                {**extra_args, "grad": grad, "step_memory": state.step_memory},
+            )  # fmt: skip
+        except (AttributeError, ValueError):
+            _trees.check_inner_state(inner, state.inner_state, gradient)
+            raise
         if decays(weight_decay):
             direction, remembered = decayed(direction, remembered, params, state, blocks)
         weights = multiplier * (spent if rule.in_log_space else jnp.ones_like(spent))

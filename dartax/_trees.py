@@ -143,22 +143,22 @@ def _check_tree(name: str, updates: PyTree, memory: PyTree, memory_shape: Shapes
         raise ValueError(
             f"{name} must have the shapes of the parameters given to init, got "
             f"{given}{sampled} instead of {leaf.shape} at '{path_name(path)}'; "
-            "call init again after changing the model."
+            "call init again after changing the model or the implementation."
         )
 
 
 def check_inner_state(
-    inner: optax.GradientTransformation, inner_state: PyTree, params: Any
+    inner: optax.GradientTransformation, inner_state: PyTree, like: PyTree
 ) -> None:
-    """Raises if ``inner_state`` has another structure than what ``inner`` makes of ``params``."""
+    """Raises if ``inner_state`` has another structure than what ``inner`` makes of ``like``."""
     try:
-        want = jax.eval_shape(inner.init, params)
+        want = jax.eval_shape(inner.init, like)
     except Exception:
-        return  # it may need values, and its update will say what is wrong
+        return  # it needs values
     structures: list[Any] = [jax.tree.structure(tree) for tree in (inner_state, want)]
     if structures[0] != structures[1]:
         raise ValueError(
-            "inner must be the transform that the state was made with, got another: its state is a "
-            f"{type(want).__name__} of another structure than the {type(inner_state).__name__} "
-            "given; pass the same inner as before, or call init: the rates are learned again."
+            "inner and blocks must be those that the state was made for, got a "
+            f"{type(inner_state).__name__} as inner state, and {type(want).__name__} is what they "
+            "ask for; build the optimizer as it was then, or call init again."
         )

@@ -349,8 +349,13 @@ def test_state_of_another_inner_transform():
     inners = [dartax.inner.adam(), dartax.inner.momentum(), dartax.inner.muon(), optax.trace(0.9)]
     for before, now in itertools.permutations(inners[:3], 2):
         state = dartax.dart(inner=before).init(PARAMS)
-        with pytest.raises(ValueError, match="inner must be the transform that the") as error:
-            dartax.dart(inner=now).update(PARAMS, state, PARAMS)
+        with pytest.raises(ValueError, match="inner and blocks must be those") as error:
+            dartax.dart(inner=now).update(PARAMS, state)
+        sentence(error)
+    for before, now in ((None, "channel"), ("channel", None), ("channel", "element")):
+        state = dartax.dart(blocks=before).init(PARAMS)
+        with pytest.raises(ValueError, match="blocks must be those that the state was") as error:
+            dartax.dart(blocks=now).update(PARAMS, state, PARAMS)
         sentence(error)
     # Those with one kind of state may follow one another.
     state = dartax.dart(inner=inners[1]).init(PARAMS)

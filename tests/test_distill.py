@@ -99,6 +99,22 @@ def test_bad_runs(run, match):
         dartax.distill_schedule(run)
 
 
+def test_blocks_whose_draws_were_alike_stay_apart():
+    # Both drew the least rate, which is far from their means.
+    means = {"a": 0.03, "b": 0.02}
+    rows = [
+        {
+            "dart/step": step,
+            **{f"dart/rate/{name}": 0.01 for name in means},
+            **{f"dart/expected_rate/{name}": mean for name, mean in means.items()},
+        }
+        for step in (20, 30)
+    ]
+    schedules = dartax.distill_schedule(rows)
+    for name, mean in means.items():
+        np.testing.assert_allclose(schedules[name](29), mean, rtol=1e-6)
+
+
 def test_a_leaf_without_a_schedule():
     optimizer = dartax.scale_by_learning_rates({"dense/bias": lambda _: 1.0})
     with pytest.raises(

@@ -386,6 +386,12 @@ def scale_by_shares(
                 f"{jax.tree.map(jnp.shape, step_memory)}; pass scale_by_shares as it is to "
                 "dartax.dart(inner=...), and other transforms as its own inner."
             )
+        wanted = jax.tree.map(jnp.shape if granularity == "element" else factor_shape, gradient)
+        if jax.tree.map(jnp.shape, state.shares.within_factor) != wanted:
+            raise ValueError(
+                f"blocks must be those that the state was made for, got {granularity!r} for a "
+                "state of other ones; build the optimizer as it was then, or call init again."
+            )
         taken = jnp.asarray(taken)
         new = auto_sharded(
             renew,
