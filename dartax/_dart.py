@@ -27,11 +27,15 @@ d_i the root mean square of its memory, and size_i that of its matrices at ``ini
 matrices takes the smallest size of the others, or 0.04 if all are 0. Then
 
     ramp_i      = min(max(0.05, 10 A / T), 20 / (1 + t_i)) * max(1, 0.025 size_i / rate_i)
-    limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1)
+    limit_i     = min(ramp_i, 1) * clip(2 r_i, 0, 1) * min(1, share_0 / share_i)
     tolerance_i = 0.3 * A * (1 - n_i) * clip(2 r_i - 1, 0, 1)
     fall_i      = max(0.05 * clip(-4 s_i - 3, 0, 1),
                       min(0.05, 3 / (1 + t_i)) * max(astray_i, clip(1 - 2 r_i, 0, 1)) - fallen)
     astray_i    = n_i * clip(3 - r_i, 0, 1) * max(1 - A, clip(4 d_i^2 / size_i^2 - 1, 0, 1))
+
+Here share_i is the mean share of the budget, and share_0 that of the slack. What the slack cannot
+give, growth would take from the other blocks: near the end of the budget, one block that asked for
+still more would starve them.
 
 A rate that will be annealed may grow even where s is a little below 0. There the steep directions
 of the loss want shorter steps and the flat ones still longer ones. The schedule will shorten the
@@ -122,6 +126,11 @@ def weight_scale(context: Context) -> jax.Array:
     return jnp.where(known, context.weight_rms, others)
 
 
+def room(concentration: jax.Array) -> jax.Array:
+    """How much of its growth the slack can give to a block, ``[K]`` in (0, 1]."""
+    return jnp.minimum(concentration[-1] / concentration[:-1], 1.0)
+
+
 def growth_limit(rate: jax.Array, context: Context) -> jax.Array:
     """How far the log concentrations may grow in this update, ``[K]``."""
     # A schedule that takes nothing back, such as a warm-up to a constant, makes no run short.
@@ -192,7 +201,7 @@ def dart_rule(
         mean_share = current[:-1] / jnp.sum(current)
         rate = f32(min_rate) + (f32(rate_budget) - f32(min_rate)) * mean_share
         grow = jnp.clip(s + tolerance(context), 0.0, 1.0)
-        change = growth_limit(rate, context) * grow - fall(s, context)
+        change = growth_limit(rate, context) * room(current) * grow - fall(s, context)
         usual = root(debias(moments.hyper_nu, B2, num - 1))
         diverges = (usual > 0) & (gradient > SURPRISE * usual)
         change = jnp.where(diverges, -jnp.log(SURPRISE), change)

@@ -183,11 +183,12 @@ def dart(
             ends = f > last and (averaged or np.isfinite(steps))
             annealing = 1 - last / f if ends else 0.0
             schedule_fall = np.log(last_f / f) if 0 < f < last_f else 0.0
+            a_before = a.copy()
             for i in np.flatnonzero(h):
                 progress, noise, displacement = evidence(i, t)
                 limit = min(max(0.05, 10 * annealing / steps), 20.0 / (1 + n[i]))
                 limit = min(limit * max(2.5e-2 * rms[i] / rate[i], 1), 1.0)
-                limit *= np.clip(2 * progress, 0, 1)
+                limit *= np.clip(2 * progress, 0, 1) * min(a_before[K] / a_before[i], 1)
                 tolerance = 0.3 * annealing * (1 - noise) * np.clip(2 * progress - 1, 0, 1)
                 carried_away = np.clip(4 * displacement / rms[i] ** 2 - 1, 0, 1)
                 astray = noise * np.clip(3 - progress, 0, 1) * max(1 - annealing, carried_away)

@@ -235,3 +235,21 @@ def test_a_model_that_starts_at_zero_learns_from_gradients_that_are_mostly_noise
         return jnp.sum((params - target) ** 2) / jnp.sum(target**2)
 
     assert jnp.mean(jax.jit(jax.vmap(train))(KEYS[:8])) < 0.8
+
+
+def test_a_block_that_asks_for_more_than_the_budget_does_not_starve_the_others():
+    params = {"greedy": jnp.zeros(50), "noisy": jnp.ones(50)}
+    optimizer = dartax.dart(optax.linear_schedule(1.0, 0.0, 1500))
+
+    def step(carry, key):
+        params, state = carry
+        noise = jax.random.normal(key, (50,))
+        gradient = {"greedy": jnp.full(50, -1.0), "noisy": params["noisy"] + noise}
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (params, optimizer.init(params))
+    (_, state), _ = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 400))
+    rates = dartax.expected_learning_rates(state, params)
+    assert rates["greedy"] > 0.5  # the multiplier is at 0.73
+    assert rates["noisy"] > 3e-5  # 1e-6 if the growth of the other were not limited

@@ -120,7 +120,8 @@ def no_slack(rule: Rule) -> Rule:
     def learn(current, draw, h, moments, context):
         # The rule expects the slack: pass one that is too small to matter.
         padded = Draw(*(jnp.append(leaf, 0.0) for leaf in draw))
-        _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, context)
+        with mock.patch.object(_dart, "room", return_value=1.0):
+            _, moments, _ = rule.learn(jnp.append(current, 1.0), padded, h, moments, context)
         change = moments.hyper_change - jnp.mean(moments.hyper_change)
         moments = moments._replace(hyper_change=change)
         moved = jnp.clip(current * jnp.exp(change), _dart.MIN_CONCENTRATION, 1e6)
@@ -174,6 +175,7 @@ FACTORY: dict[str, Callable[..., optax.GradientTransformation]] = {
     "dart_no_progress": _factory(no_progress),
     "dart_no_power": _factory(no_power),
     "dart_no_evidence": _factory(no_evidence),
+    "dart_no_room": _factory(with_constants(room=lambda _: 1.0)),
     "dart_no_fast_ramp": _factory(with_constants(SMALL_STEP=0.0)),
     "dart_no_short_run": _factory(with_constants(SHORT_RUN=0.0)),
     "dart_no_tolerance": _factory(with_constants(TOLERANCE=0.0)),

@@ -59,6 +59,7 @@ class OptimizerConfig:
         "dart_no_carried_away",
         "dart_no_evidence",
         "dart_no_fall",
+        "dart_no_room",
         "dart_no_fast_ramp",
         "dart_no_power",
         "dart_no_progress",
